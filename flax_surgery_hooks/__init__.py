@@ -1,0 +1,22 @@
+"""Model surgery while a Flax model trains: hooks that edit params and the matching optax state.
+
+See https://flax.readthedocs.io/en/latest/guides/model_surgery.html for what this replaces.
+"""
+
+from flax_surgery_hooks import config as config
+from flax_surgery_hooks import metrics as metrics
+from flax_surgery_hooks import surgeries as surgeries
+from flax_surgery_hooks.config import register_surgery as register_surgery
+from flax_surgery_hooks.errors import SurgeryError as SurgeryError
+from flax_surgery_hooks.hooks import SurgeryHooks as SurgeryHooks
+from flax_surgery_hooks.ledger import Ledger as Ledger
+from flax_surgery_hooks.ledger import Record as Record
+from flax_surgery_hooks.operate import operate as operate
+from flax_surgery_hooks.schedules import Schedule as Schedule
+from flax_surgery_hooks.schedules import at as at
+from flax_surgery_hooks.schedules import every as every
+from flax_surgery_hooks.selection import select as select
+from flax_surgery_hooks.slots import register_slot as register_slot
+from flax_surgery_hooks.surgery import Surgery as Surgery
+from flax_surgery_hooks.surgery import key_for as key_for
+from flax_surgery_hooks.train_state import TrainState as TrainState

@@ -1,0 +1,168 @@
+"""Typed errors: every mistake a user can make is a `SurgeryError` that says where, what was found and what to write."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+class SurgeryError(Exception):
+    """An error that names the hook, step and path it concerns, and how to mend it.
+
+    Attributes:
+      problem: what is wrong, one sentence.
+      found: what was found instead of what was expected, or None.
+      write: what to write instead, or None.
+      hook: name of the hook concerned, or None.
+      step: value of `state.step` at which it happened, or None.
+      path: `/`-joined parameter path (or config key) concerned, or None.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        found: object = None,
+        write: str | None = None,
+        hook: str | None = None,
+        step: int | None = None,
+        path: str | None = None,
+    ):
+        super().__init__(problem)
+        self.problem = problem
+        self.found = found
+        self.write = write
+        self.hook = hook
+        self.step = step
+        self.path = path
+
+    def __str__(self) -> str:
+        where = [f"hook {self.hook!r}" if self.hook is not None else "",
+                 f"step {self.step}" if self.step is not None else "",
+                 f"path {self.path!r}" if self.path is not None else ""]  # fmt: skip
+        prefix = ", ".join(part for part in where if part)
+        text = f"{prefix}: {self.problem}" if prefix else self.problem
+        if self.found is not None:
+            text += f" Found: {shorten(self.found)}."
+        if self.write is not None:
+            text += f" Write instead: {self.write}."
+        return text
+
+
+class ScheduleError(SurgeryError):
+    """A schedule that can never be, such as `every(0)`."""
+
+
+class SelectionError(SurgeryError):
+    """A pattern that matches nothing, another number of leaves than expected, or is malformed."""
+
+
+class SurgeryFunctionError(SurgeryError):
+    """A surgery whose signature, or whose returned paths, shapes or dtypes are not what they must be."""
+
+
+class UserCodeError(SurgeryError):
+    """An exception raised inside a user's function; the original is its `__cause__`."""
+
+
+class MixingError(SurgeryError):
+    """An edit whose new elements combine several old ones, so that optimizer slots have no single lineage."""
+
+
+class LostHistoryError(SurgeryError):
+    """An edit that is computed from the old leaf but not differentiable anywhere, such as rounding."""
+
+
+class UnequalCopiesError(SurgeryError):
+    """Copies that share unequally without a `fold_back`: no single leaf knows how their gradients split."""
+
+
+class FoldBackError(SurgeryError):
+    """A `fold_back` that is not linear or does not undo the edit."""
+
+
+class DifferentiationError(SurgeryError):
+    """An edit that JAX cannot differentiate although its slot rule needs that."""
+
+
+class SlotError(SurgeryError):
+    """Optimizer state of unknown or contradicted meaning."""
+
+
+class RuleError(SurgeryError):
+    """An `opt_state=` rule that does not exist or does not fit the edit."""
+
+
+class StateError(SurgeryError):
+    """A train state without the fields surgery needs, or whose parts do not belong together."""
+
+
+class StepError(SurgeryError):
+    """A step that is not a Python int, goes back, repeats, or disagrees with `state.step`."""
+
+
+class HookError(SurgeryError):
+    """A hook that cannot be registered or found: a name taken, unknown or colliding."""
+
+
+class InputError(SurgeryError):
+    """A surgery that asks for an input which the trainer did not pass, or an input with a reserved name."""
+
+
+class StructureError(SurgeryError):
+    """A fire that would change shapes where the train loop expects them to stay."""
+
+
+class RefusedError(SurgeryError):
+    """A fire whose result was not finite, raised when `on_error="raise"`; the state kept its old values."""
+
+
+class ConfigError(SurgeryError):
+    """Everything that is wrong with a config, each problem with its key (`problems`, a list of strings)."""
+
+    def __init__(self, problem: str, *, problems: list[str] | None = None, **fields: Any):
+        super().__init__(problem, **fields)
+        self.problems = problems if problems is not None else [problem]
+
+
+class LedgerError(SurgeryError):
+    """A ledger file that cannot be written or read."""
+
+
+def shorten(value: object, limit: int = 300) -> str:
+    """`str(value)` cut in the middle to at most `limit` characters; arrays show as dtype and shape.
+
+    >>> shorten("ab" * 500, limit=11)
+    'abab...abab'
+    """
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{type(value).__name__} {value.dtype}{list(value.shape)}"
+    text = str(value)
+    if len(text) <= limit:
+        return text
+    half = (limit - 3) // 2
+    return f"{text[:half]}...{text[len(text) - half :]}"
+
+
+def typed(value: object) -> str:
+    """A value with its type, for the message about a value of the wrong one.
+
+    >>> typed("3")
+    'str 3'
+    """
+    text = shorten(value, 80)
+    name = type(value).__name__
+    return text if text.startswith(f"{name} ") else f"{name} {text}"
+
+
+@contextlib.contextmanager
+def located(*, hook: str | None = None, step: int | None = None, path: str | None = None) -> Iterator[None]:
+    """Fills in the fields that a `SurgeryError` raised inside does not have yet."""
+    try:
+        yield
+    except SurgeryError as error:
+        error.hook = hook if error.hook is None else error.hook
+        error.step = step if error.step is None else error.step
+        error.path = path if error.path is None else error.path
+        raise

@@ -1,0 +1,170 @@
+"""One fire of a hook on the host, and what is recorded of it: at once what the host knows, its figures some steps
+later.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from flax_surgery_hooks import operation as ops
+from flax_surgery_hooks.errors import RefusedError
+from flax_surgery_hooks.ledger import Ledger, Record
+from flax_surgery_hooks.metrics import MetricWriter
+from flax_surgery_hooks.operate import arrays_of, commit, needs_key, plan_units, record_of, run
+from flax_surgery_hooks.operation import Operation
+from flax_surgery_hooks.paths import listed
+from flax_surgery_hooks.programs import Programs
+from flax_surgery_hooks.surgery import path_hash
+from flax_surgery_hooks.train_state import Parts, take_apart
+
+ON_ERROR = ("raise", "skip")
+
+
+@dataclass(frozen=True, eq=False)
+class Fired:
+    """A fire whose figures may still be on their way.
+
+    Attributes:
+      record: the "fired" record, without id.
+      figures: figures on the device.
+      ok: the guard's verdict on the device, or None without guard.
+    """
+
+    record: Record
+    figures: dict[str, jax.Array]
+    ok: Any
+
+
+def fire_key(operation: Operation, seed: int, name: str, step: int, count: int) -> jax.Array | None:
+    """The key of a fire, or None if nothing in the operation draws.
+
+    A `fold_in` of the seed's threefry key with the name's hash and the step; a further fire of the same hook at the
+    same step folds in how often it has fired there.
+    """
+    if not needs_key(operation):
+        return None
+    return _folded(seed, path_hash(name), step, count)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _folded(seed: int, name: Any, step: Any, count: int) -> jax.Array:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), name), step)
+    return jax.random.fold_in(key, count) if count else key
+
+
+def prepare(programs: Programs, parts: Parts, key: Any, step: int, inputs: dict[str, Any]) -> None:
+    """Raises whatever a fire on this state would raise, and edits nothing."""
+    for unit in plan_units(programs.operation, parts):
+        fire = ops.fire_for(unit, key, jnp.int32(step), inputs)
+        programs.prepare(unit, arrays_of(unit, parts), fire, may_reshape=False)
+
+
+def fire(
+    programs: Programs, state: Any, key: Any, step: int, inputs: dict[str, Any], *, commit: bool = True
+) -> tuple[Any, Fired]:
+    """Fires one operation on a concrete state. Waits for nothing; without `commit` the state comes back as it was."""
+    parts = take_apart(state)
+    plan = plan_units(programs.operation, parts)
+    arrays = [arrays_of(unit, parts) for unit in plan]
+    fires = [ops.fire_for(unit, key, jnp.int32(step), inputs) for unit in plan]
+    outcome = run(programs, plan, arrays, fires, may_reshape=False, commit=commit)
+    record = record_of(programs.operation, plan, outcome)
+    figures = outcome.figures if programs.operation.figures else {}
+    return (_committed(state, parts, plan, outcome) if commit else state), Fired(record, figures, outcome.ok)
+
+
+_committed = commit
+
+
+def read(figures: dict[str, Any]) -> dict[str, float]:
+    """Figures as Python floats; waits for the device."""
+    return {name: float(value) for name, value in jax.device_get(figures).items()}
+
+
+class Settler:
+    """Turns fires into records: "fired" at once, "settled" or "refused" when the figures are read."""
+
+    def __init__(self, ledger: Ledger, writer: MetricWriter | None, on_error: str, after: int):
+        self._ledger = ledger
+        self._writer = writer
+        self._on_error = on_error
+        self._after = after
+        self._waiting: list[Fired] = []
+        self._count = 0
+
+    @property
+    def wake(self) -> float:
+        """The step at which the oldest waiting fire wants to be read, infinite if none waits."""
+        return min((_step(one) + self._after for one in self._waiting), default=float("inf"))
+
+    def fired(self, one: Fired) -> None:
+        """Writes the "fired" record and keeps the figures for later."""
+        record = one.record.replace(event="fired", id=self._count)  # type: ignore[attr-defined]  # added by flax.struct
+        self._count += 1
+        self._ledger.write(record)
+        self._waiting.append(Fired(record, one.figures, one.ok))
+
+    def settle(self, step: float) -> None:
+        """Reads the figures of the fires that have waited long enough at this step.
+
+        Raises:
+          RefusedError: the guard kept a result out, and `on_error` is "raise". All records are written before.
+        """
+        ripe = [one for one in self._waiting if _step(one) + self._after <= step]
+        self._waiting = [one for one in self._waiting if _step(one) + self._after > step]
+        refused = [record for record in map(self._settled, ripe) if record.event == "refused"]
+        if ripe and step == float("inf") and self._writer is not None:
+            self._writer.flush()
+        if refused and self._on_error == "raise":
+            first = refused[0]
+            raise RefusedError(
+                "The fire was refused: it would have brought non-finite values into the state, which kept its old "
+                "ones.",
+                hook=first.hook,
+                step=first.step,
+                path=listed(first.paths),
+                found=f"{first.figures.get('params/nonfinite', 0):.0f} in params, "
+                f"{first.figures.get('slots/nonfinite', 0):.0f} in slots",
+                write="an edit that is finite on these leaves, or on_error='skip'",
+            )
+
+    def _settled(self, one: Fired) -> Record:
+        figures, ok = read(one.figures), one.ok is None or bool(one.ok)
+        event = "settled" if ok else "refused"
+        record = one.record.replace(event=event, figures=figures, time=0.0)  # type: ignore[attr-defined]
+        self._ledger.write(record)
+        if not ok:
+            logging.warning("Hook %s at step %s was refused: non-finite values.", record.hook, record.step)
+        if self._writer is not None and figures:
+            scalars = {f"surgery/{record.hook}/{name}": value for name, value in figures.items()}
+            self._writer.write_scalars(_step(one), scalars | {f"surgery/{record.hook}/refused": float(not ok)})
+        return record
+
+
+def _step(one: Fired) -> int:
+    assert one.record.step is not None
+    return one.record.step
+
+
+def versions_json(seed: int) -> str:
+    """Versions of what computes, and the seed, as JSON."""
+    names = ("flax_surgery_hooks", "jax", "jaxlib", "flax", "optax", "clu")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return json.dumps({"seed": seed, "versions": versions, "backend": jax.default_backend()})
+
+
+def warn_missed(ledger: Ledger, hook: str, missed: tuple[int, ...], step: int) -> None:
+    """Records and logs that a run begins behind steps at which a hook is due: they are taken as past, never fired
+    late.
+    """
+    ledger.write(Record(event="passed", step=step, hook=hook, passed=missed))
+    shown = listed(map(str, missed))
+    logging.warning("Hook %s was due at %s, before the first call at step %d: taken as past.", hook, shown, step)

@@ -1,0 +1,429 @@
+"""The runner in the trainer: which hooks are due, in what order they fire, and what is recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from flax_surgery_hooks import fires, rules
+from flax_surgery_hooks.errors import HookError, ScheduleError, StateError, StepError, located
+from flax_surgery_hooks.fires import Fired, Settler
+from flax_surgery_hooks.ledger import Ledger, Record
+from flax_surgery_hooks.metrics import MetricWriter
+from flax_surgery_hooks.operate import bind_inputs, make_operation
+from flax_surgery_hooks.operation import Operation
+from flax_surgery_hooks.paths import close_matches, listed
+from flax_surgery_hooks.programs import Programs
+from flax_surgery_hooks.schedules import Schedule
+from flax_surgery_hooks.selection import Patterns
+from flax_surgery_hooks.surgery import path_hash
+from flax_surgery_hooks.train_state import take_apart
+
+NEVER = float("inf")
+_NO_STATE: Any = object()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One registered hook.
+
+    Attributes:
+      name: its unique name.
+      operation: what it does to a state.
+      when: at which steps.
+      priority: hooks due at one step fire from the highest to the lowest.
+      order: number of its registration, which decides between equal priorities.
+    """
+
+    name: str
+    operation: Operation
+    when: Schedule
+    priority: int
+    order: int
+
+
+class SurgeryHooks:
+    """Hooks that edit a train state between train steps. Call them after each step: `state = hooks(step, state)`.
+
+    Args:
+      seed: seed of all keys that surgeries get; the same seed, names and steps draw the same numbers in every run.
+      writer: a CLU metric writer (see `metrics.MetricWriter`), or None.
+      ledger: file for the records (JSON lines), or None to keep them in memory only.
+      on_record: called with each `Record` after it is written.
+      on_error: what a refused fire (new non-finite values; the state keeps the old ones) does when it is noticed, some
+        steps
+        later: "raise" a `RefusedError`, or "skip": record it and go on.
+      strict_steps: whether a call whose step jumps over due ones is an error; by default the hook fires once, and the
+        record says which steps were passed.
+      settle_after: how many steps after a fire its figures are read, so that nothing waits for the device.
+
+    Raises:
+      HookError: an argument that is not one of these.
+      LedgerError: the ledger cannot be opened.
+
+    >>> import jax.numpy as jnp, optax, flax_surgery_hooks as fsh
+    >>> hooks = fsh.SurgeryHooks()
+    >>> hooks.add("halve", lambda w: w / 2, params="w", when=fsh.at(1))
+    >>> state = fsh.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.1))
+    >>> hooks(1, state.replace(step=1)).params["w"].tolist()
+    [0.5, 0.5]
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        writer: MetricWriter | None = None,
+        ledger: Any = None,
+        on_record: Callable[[Record], None] | None = None,
+        on_error: str = "raise",
+        strict_steps: bool = False,
+        settle_after: int = 4,
+    ):
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise HookError("SurgeryHooks(seed=...) is a Python int.", found=repr(seed), write="seed=0")
+        if on_error not in fires.ON_ERROR:
+            raise HookError("Unknown on_error=.", found=repr(on_error), write=f"one of {', '.join(fires.ON_ERROR)}")
+        if isinstance(settle_after, bool) or not isinstance(settle_after, int) or settle_after < 0:
+            raise HookError("settle_after= is a number of steps.", found=repr(settle_after), write="settle_after=4")
+        self.seed = seed
+        self.ledger = Ledger(ledger, on_record)
+        self.strict_steps = strict_steps
+        self._settler = Settler(self.ledger, writer, on_error, settle_after)
+        self._hooks: dict[str, Hook] = {}
+        self._programs: dict[str, dict[Operation, Programs]] = {}
+        self._unchecked: set[str] = set()
+        self._counts: dict[tuple[str, int], int] = {}
+        self._registered = 0
+        self._started = False
+        self._last: float = -1
+        self._wake: float = -1
+
+    @classmethod
+    def from_config(cls, config: Any, *, objects: Mapping[str, Any] | None = None, **kwargs: Any) -> SurgeryHooks:
+        """Hooks as an `ml_collections.ConfigDict` (or mapping) of `config.hook(...)`s names them.
+
+        Args:
+          config: name -> hook config; hooks with `enabled=False` are left out.
+          objects: values for surgery fields that a config cannot hold, such as functions, by field name.
+          **kwargs: as for `SurgeryHooks`.
+
+        Raises:
+          ConfigError: everything that is wrong with the config, at once.
+        """
+        from flax_surgery_hooks import config as configs  # the config is an edge; the runner does not need it
+
+        specs = configs.build(config, objects)
+        hooks = cls(**kwargs)
+        for spec in specs:
+            hooks.add(
+                spec.name, spec.surgery, params=spec.params, exclude=spec.exclude, expect=spec.expect, when=spec.when,
+                opt_state=spec.opt_state, fresh=spec.fresh, guard=spec.guard, priority=spec.priority,
+            )  # fmt: skip
+        return hooks
+
+    def add(
+        self,
+        name: str,
+        surgery: Any,
+        *,
+        params: Patterns,
+        when: Schedule,
+        exclude: Patterns | None = None,
+        expect: int | None = None,
+        opt_state: rules.OptStateRule = None,
+        fresh: str = "mean",
+        guard: str = "finite",
+        figures: bool = True,
+        priority: int = 0,
+    ) -> None:
+        """Registers a hook.
+
+        Args:
+          name: unique; part of metric names and of the key, so it should not change between runs.
+          surgery: see `Surgery`.
+          params: which leaves: a glob on `/`-joined paths, `re:...`, a predicate of (path, leaf), or a list of these.
+          when: a schedule such as `every(200)` or `at(1_000)`.
+          exclude: leaves to leave out, likewise.
+          expect: how many leaves must be selected.
+          opt_state: how slots follow: "transport", "carry", "keep", "reset", a function, or a mapping by kind of slot.
+          fresh: what second moments of elements without history start from: "mean" of the survivors, or "init".
+          guard: "finite": a result with new non-finite values is not applied; "off".
+          figures: whether changes are measured and written.
+          priority: hooks due at the same step fire from the highest to the lowest, then as registered.
+
+        Raises:
+          HookError: the name is taken or malformed.
+          SurgeryError: anything else that can be seen without a state.
+        """
+        with located(hook=name if isinstance(name, str) else repr(name)):
+            self._check_name(name)
+            if not isinstance(when, Schedule):
+                raise ScheduleError(
+                    "`when=` is no schedule.", found=repr(when), write="when=fsh.every(200) or fsh.at(1_000)"
+                )
+            if isinstance(priority, bool) or not isinstance(priority, int):
+                raise HookError("`priority=` is a Python int.", found=repr(priority), write="priority=0")
+            operation = make_operation(
+                surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
+                figures=bool(figures),
+            )  # fmt: skip
+        self._hooks[name] = Hook(name, operation, when, priority, self._registered)
+        self._programs[name] = {}
+        self._unchecked.add(name)
+        self._registered += 1
+        self._wake = -1  # look at the new hook at the next call
+
+    def register(
+        self, *, params: Patterns, when: Schedule, name: str | None = None, **kwargs: Any
+    ) -> Callable[[_Function], _Function]:
+        """Decorator that registers a function as a hook, by default under its own name; arguments as for `add`."""
+
+        def decorate(function: _Function) -> _Function:
+            self.add(name or function.__name__, function, params=params, when=when, **kwargs)
+            return function
+
+        return decorate
+
+    def remove(self, name: str) -> None:
+        """Unregisters a hook; its past fires stay recorded.
+
+        Raises:
+          HookError: there is no such hook.
+        """
+        self._get(name)
+        del self._hooks[name], self._programs[name]
+        self._unchecked.discard(name)
+        self._wake = -1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all hooks, in the order in which they fire when due at one step."""
+        return tuple(hook.name for hook in self._ordered())
+
+    def __call__(self, step: int, state: Any = _NO_STATE, **inputs: Any) -> Any:
+        """Fires what is due. When nothing is, the same state object comes back at the cost of a comparison.
+
+        Args:
+          step: what `state.step` holds: train steps applied so far, a Python int that goes forward.
+          state: the train state after that step.
+          **inputs: whatever surgeries ask for by name; arrays, numbers and pytrees of them are traced.
+
+        Returns:
+          The state, edited if something was due. The first call checks every hook against it.
+
+        Raises:
+          SurgeryError: see `flax_surgery_hooks.errors`. The given state is never half-edited.
+        """
+        if type(step) is int and self._last < step < self._wake and state is not _NO_STATE:
+            self._last = step
+            return state
+        return self._attend(step, state, inputs)
+
+    def fire(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Any:
+        """Fires one hook by hand, whether due or not, with the arithmetic and keys of the loop.
+
+        Args:
+          name: the hook.
+          state: the train state.
+          step: what `state.step` holds; None reads it, which waits for the device.
+          **inputs: as for a call.
+
+        Returns:
+          The edited state.
+        """
+        hook, step = self._get(name), _step_of(state) if step is None else _checked_step(step)
+        self._check(hook, state, inputs)
+        state, fired = self._fire(hook, state, step, inputs)
+        self._record([fired])
+        return state
+
+    def preview(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Record:
+        """The record that a fire would leave, with its figures; commits nothing. Arguments as for `fire`."""
+        hook, step = self._get(name), _step_of(state) if step is None else _checked_step(step)
+        self._check(hook, state, inputs)
+        _, fired = self._fire(hook, state, step, inputs, commit=False)
+        return replace(fired.record, event="preview", figures=fires.read(fired.figures), id=None)
+
+    def flush(self) -> None:
+        """Reads the figures of all fires now, which waits for the device, and flushes the writer."""
+        self._settler.settle(NEVER)
+        self._rewake()
+
+    def _attend(self, step: Any, state: Any, inputs: dict[str, Any]) -> Any:
+        """A call on which something has to be done: a check, a fire, figures to be read."""
+        if state is _NO_STATE:
+            raise StateError(
+                "Hooks edit the state, so they need it and return it.",
+                found="hooks(step)",
+                write="state = hooks(step, state)",
+            )
+        step = _checked_step(step)
+        if self._started and step <= self._last:
+            raise StepError(
+                "Steps go forward.",
+                found=f"step {step} after {self._last}",
+                write="one call for each value of state.step; a new SurgeryHooks to run the steps again",
+            )
+        if not self._started:
+            self._start(step, state)
+        for name in sorted(self._unchecked, key=list(self._hooks).index):
+            self._check(self._hooks[name], state, inputs)
+        self._settler.settle(step)
+        fired: list[Fired] = []
+        counts = dict(self._counts)
+        try:
+            for hook in self._ordered():
+                due = tuple(hook.when.due_steps(int(self._last), step))
+                if due:
+                    state, one = self._fire(hook, state, step, inputs, passed=self._passed(hook, due, step))
+                    fired.append(one)
+        except BaseException:
+            self._counts = counts  # nothing of this call happened: the caller keeps the state it passed
+            raise
+        self._last = step
+        self._record(fired)
+        return state
+
+    def _start(self, step: int, state: Any) -> None:
+        """The first call: compares `step` with the state's own, and takes due steps before it as passed."""
+        self._check_first_step(step, state)
+        self._last = step - 1
+        self._started = True
+        self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
+        for hook in self._ordered():
+            missed = tuple(hook.when.due_steps(-1, step - 1))
+            if missed:
+                fires.warn_missed(self.ledger, hook.name, missed, step)
+
+    @staticmethod
+    def _check_first_step(step: int, state: Any) -> None:
+        held = getattr(state, "step", None)
+        if held is None:
+            return
+        if jnp.ndim(held) == 1:
+            raise StateError(
+                "The state is replicated for pmap: every leaf has a leading device axis.",
+                found=f"state.step of shape {list(jnp.shape(held))}",
+                write="hooks(step, flax.jax_utils.unreplicate(state)), then flax.jax_utils.replicate",
+            )
+        if int(held) != step:
+            raise StepError(
+                "`step` must be what `state.step` holds: train steps applied so far.",
+                found=f"step {step}, state.step {int(held)}",
+                write="hooks(step + 1, state)" if int(held) == step + 1 else f"hooks({int(held)}, state)",
+            )
+
+    def _check(self, hook: Hook, state: Any, inputs: dict[str, Any]) -> None:
+        """Finds everything that can be wrong with a hook on this state, without editing anything."""
+        if hook.name not in self._unchecked:
+            return
+        with located(hook=hook.name):
+            operation, arrays = bind_inputs(hook.operation, inputs)
+            key = fires.fire_key(operation, self.seed, hook.name, 0, 0)
+            fires.prepare(self._compiled(hook, operation), take_apart(state), key, 0, arrays)
+        self._unchecked.discard(hook.name)
+
+    def _fire(
+        self,
+        hook: Hook,
+        state: Any,
+        step: int,
+        inputs: dict[str, Any],
+        passed: tuple[int, ...] = (),
+        commit: bool = True,
+    ) -> tuple[Any, Fired]:
+        start = time.perf_counter()
+        with located(hook=hook.name, step=step):
+            operation, arrays = bind_inputs(hook.operation, inputs)
+            count = self._counts.get((hook.name, step), 0)
+            key = fires.fire_key(operation, self.seed, hook.name, step, count)
+            state, fired = fires.fire(self._compiled(hook, operation), state, key, step, arrays, commit=commit)
+        if commit:
+            self._counts = {at: n for at, n in self._counts.items() if at[1] >= step} | {(hook.name, step): count + 1}
+        seconds = time.perf_counter() - start
+        return state, replace(
+            fired, record=replace(fired.record, hook=hook.name, step=step, passed=passed, seconds=seconds)
+        )
+
+    def _compiled(self, hook: Hook, operation: Operation) -> Programs:
+        by_static = self._programs[hook.name]
+        if (operation.static and operation not in by_static) or not by_static:
+            by_static[operation] = Programs(operation)
+        return by_static[operation] if operation.static else next(iter(by_static.values()))
+
+    def _record(self, fired: list[Fired]) -> None:
+        for one in fired:
+            self._settler.fired(one)
+        self._rewake()
+
+    def _passed(self, hook: Hook, due: tuple[int, ...], step: int) -> tuple[int, ...]:
+        passed = tuple(at for at in due if at != step)
+        if passed and self.strict_steps:
+            raise StepError(
+                "The call jumps over steps at which the hook is due.",
+                hook=hook.name,
+                step=step,
+                found=f"due at {listed(map(str, passed))}, last call at {self._last}",
+                write="a call at every step, a schedule that meets the calls, or strict_steps=False",
+            )
+        return passed
+
+    def _rewake(self) -> None:
+        """The next step at which a call has anything to do; unchecked hooks and the first call cannot wait."""
+        if not self._started or self._unchecked:
+            self._wake = -1
+            return
+        due = (hook.when.next_step(int(self._last)) for hook in self._hooks.values())
+        self._wake = min([NEVER, self._settler.wake, *(step for step in due if step is not None)])
+
+    def _ordered(self) -> list[Hook]:
+        return sorted(self._hooks.values(), key=lambda hook: (-hook.priority, hook.order))
+
+    def _get(self, name: str) -> Hook:
+        if name not in self._hooks:
+            raise HookError(
+                "There is no hook of this name.",
+                hook=str(name),
+                found=f"hooks {listed(self._hooks) or 'none'}",
+                write=listed(close_matches(str(name), self._hooks)) or None,
+            )
+        return self._hooks[name]
+
+    def _check_name(self, name: Any) -> None:
+        if not isinstance(name, str) or not name or not name.replace("_", "a").replace("-", "a").isalnum():
+            raise HookError(
+                "A hook's name is made of letters, digits, '_' and '-'.", found=repr(name), write='"head_norm"'
+            )
+        for other in self._hooks:
+            if other == name or path_hash(other) == path_hash(name):
+                raise HookError(
+                    "The name is taken."
+                    if other == name
+                    else "The name has the same hash as another, and so the same keys.",
+                    found=repr(other),
+                    write="another name, or hooks.remove() first",
+                )
+
+
+def _checked_step(step: Any) -> int:
+    if type(step) is int and step >= 0:
+        return step
+    traced = isinstance(step, jax.core.Tracer)
+    raise StepError(
+        "`step` is a Python int of at least 0: what `state.step` holds.",
+        found="a traced value (the call is inside jit)" if traced else f"{step!r} ({type(step).__name__})",
+        write="a call outside of the jitted step" if traced else "a counter of your own: step += 1; hooks(step, state)",
+    )
+
+
+def _step_of(state: Any) -> int:
+    if not hasattr(state, "step"):
+        raise StateError("The state has no `step`.", found=type(state).__name__, write="step=...")
+    return int(state.step)

@@ -1,0 +1,143 @@
+"""What fired, when, and what it did: records, as JSON lines on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+import flax.struct
+
+from flax_surgery_hooks.errors import LedgerError, shorten
+
+EVENTS = ("run", "fired", "settled", "refused", "passed", "preview")
+
+
+def _static(default: Any) -> Any:
+    return flax.struct.field(pytree_node=False, default=default)
+
+
+@flax.struct.dataclass
+class Record:
+    """One event of a hook. A pytree whose only children are the figures, so that a jitted function can return it.
+
+    Attributes:
+      event: "run" (a session of hooks begins), "fired" (host facts, written at once), "settled" (its figures, once
+        they are there) or "refused" (the guard kept the old values), "passed" (due steps that lie before the first
+        call), "preview".
+      step: what `state.step` held.
+      hook: name of the hook.
+      id: number of the fire in this session; joins a "fired" record with what becomes of it.
+      surgery: the surgery's name and fields, as JSON.
+      rule: how optimizer slots followed.
+      paths: the leaves.
+      leaves: per leaf its shape and dtype after the edit.
+      in_place: the leaves whose slots stayed in place under "carry" because the edit mixes elements.
+      passed: due steps since the last call that this fire stands for.
+      seconds: host time of the fire, without waiting for the device.
+      time: seconds since the epoch.
+      detail: anything else, as JSON.
+      figures: "params/..." and "slots/..." -> number; see `metrics.Change`.
+    """
+
+    event: str = _static("fired")
+    step: int | None = _static(None)
+    hook: str = _static("")
+    id: int | None = _static(None)
+    surgery: str = _static("")
+    rule: str = _static("")
+    paths: tuple[str, ...] = _static(())
+    leaves: tuple[tuple[tuple[int, ...], str], ...] = _static(())
+    in_place: tuple[str, ...] = _static(())
+    passed: tuple[int, ...] = _static(())
+    seconds: float = _static(0.0)
+    time: float = _static(0.0)
+    detail: str = _static("")
+    figures: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The record as one line of JSON; empty fields are left out, non-finite figures are null."""
+        fields: dict[str, Any] = {"event": self.event, "step": self.step, "hook": self.hook, "id": self.id}
+        fields["surgery"] = json.loads(self.surgery) if self.surgery else None
+        fields["rule"] = self.rule
+        fields["paths"] = list(self.paths)
+        fields["leaves"] = [{"shape": list(shape), "dtype": dtype} for shape, dtype in self.leaves]
+        fields["in_place"] = list(self.in_place)
+        fields["passed"] = list(self.passed)
+        fields["seconds"] = round(self.seconds, 6)
+        fields["time"] = round(self.time, 3)
+        fields["detail"] = json.loads(self.detail) if self.detail else None
+        fields["figures"] = {name: _finite(value) for name, value in self.figures.items()}
+        kept = {name: value for name, value in fields.items() if value not in (None, "", [], {})}
+        return json.dumps(kept, allow_nan=False)
+
+
+def _finite(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+class Ledger:
+    """Records in order, in memory and, if a path is given, as JSON lines in a file that is flushed after each.
+
+    Args:
+      path: file to append to; its directory is made. None keeps the records in memory only.
+      on_record: called with each record after it is written.
+
+    Raises:
+      LedgerError: the file cannot be opened.
+
+    >>> ledger = Ledger()
+    >>> ledger.write(Record(event="fired", step=10, hook="halve"))
+    >>> [record.hook for record in ledger.records]
+    ['halve']
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, on_record: Callable[[Record], None] | None = None):
+        self.path = None if path is None else pathlib.Path(path)
+        self.records: list[Record] = []
+        self._on_record = on_record
+        self._file = None if self.path is None else _open(self.path)
+
+    def write(self, record: Record) -> None:
+        """Appends a record.
+
+        Raises:
+          LedgerError: the file cannot be written; the record is kept in memory.
+        """
+        if not record.time:
+            record = record.replace(time=time.time())  # type: ignore[attr-defined]  # added by flax.struct
+        self.records.append(record)
+        if self._file is not None:
+            try:
+                self._file.write(record.to_json() + "\n")
+                self._file.flush()
+            except (OSError, ValueError) as error:
+                raise _unwritable(self.path, error) from error
+        if self._on_record is not None:
+            self._on_record(record)
+
+    def close(self) -> None:
+        """Closes the file; records written later fail."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _open(path: pathlib.Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: pathlib.Path | None, error: Exception) -> LedgerError:
+    return LedgerError(
+        f"The ledger cannot be written: {shorten(error)}",
+        path=str(path),
+        write="ledger=<a file in a writable directory>",
+    )

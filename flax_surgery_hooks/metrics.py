@@ -1,0 +1,138 @@
+"""Figures of a fire as CLU metrics: how much changed, in parameters and in optimizer slots."""
+
+# No `from __future__ import annotations`: `clu.metrics.Collection` reads its annotations as types.
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+
+from flax_surgery_hooks.writers import MetricWriter as MetricWriter
+from flax_surgery_hooks.writers import create_default_writer as create_default_writer
+
+
+@flax.struct.dataclass
+class Change(clu_metrics.Metric):
+    """What an edit did to some arrays, as sums over their elements: float32 scalars, which merge by addition.
+
+    Attributes:
+      size: number of elements after the edit.
+      changed: elements whose value differs (all, where the shape does).
+      fresh: elements without history.
+      square_before: sum of squares before.
+      square_after: sum of squares after.
+      square_change: sum of squares of the difference (of the values after, where the shape differs).
+      zeros: elements that are 0 after.
+      nonfinite_before: non-finite elements before.
+      nonfinite: non-finite elements after.
+    """
+
+    size: jax.Array
+    changed: jax.Array
+    fresh: jax.Array
+    square_before: jax.Array
+    square_after: jax.Array
+    square_change: jax.Array
+    zeros: jax.Array
+    nonfinite_before: jax.Array
+    nonfinite: jax.Array
+
+    @classmethod
+    def empty(cls) -> Self:
+        """No elements."""
+        return cls(*(jnp.zeros((), jnp.float32) for _ in range(9)))
+
+    def merge(self, other: Self) -> Self:
+        """The change of both sets of arrays together."""
+        return jax.tree.map(lambda a, b: a + b, self, other)
+
+    def compute(self) -> dict[str, Any]:
+        """The figures: counts of elements, norms, and ratios (0 where nothing is divided by)."""
+        size = jnp.maximum(self.size, 1)
+        before = jnp.sqrt(self.square_before)
+        return {
+            "elements": self.size,
+            "changed": self.changed,
+            "fresh": self.fresh,
+            "norm_before": before,
+            "norm_after": jnp.sqrt(self.square_after),
+            "relative_change": jnp.where(
+                before > 0, jnp.sqrt(self.square_change) / jnp.where(before > 0, before, 1), 0
+            ),
+            "sparsity": self.zeros / size,
+            "nonfinite": self.nonfinite,
+        }
+
+
+@flax.struct.dataclass
+class FireFigures(clu_metrics.Collection):
+    """The figures of one fire: of the parameters it edits, and of their optimizer slots together."""
+
+    params: Change
+    slots: Change
+
+    @classmethod
+    def of(cls, changes: Sequence[tuple[Change, Change]]) -> Self:
+        """The figures of a fire from the changes of leaves and slots of each of its units."""
+        params, slots = combine(one for one, _ in changes), combine(one for _, one in changes)
+        return cls.empty().replace(params=params, slots=slots)
+
+    def compute_flat(self) -> dict[str, Any]:
+        """`compute()` with keys such as "params/relative_change"."""
+        return {f"{part}/{name}": value for part, values in self.compute().items() for name, value in values.items()}
+
+
+def measure(before: jax.Array, after: jax.Array, fresh: jax.Array | None) -> Change:
+    """The change from one array to another.
+
+    Every figure is a float sum that XLA fuses into one pass over the arrays; sums run axis by axis, so that a count
+    beyond 2**24 does not stall in float32.
+
+    Args:
+      before: the array before, any shape and number type.
+      after: the array after.
+      fresh: which elements of `after` have no history, or None.
+    """
+    old, new = _wide(before), _wide(after)
+    same = old.shape == new.shape
+    change = new - old if same else new
+    size = jnp.full((), float(new.size), jnp.float32)
+    finite = jnp.isfinite(new)
+    return Change(
+        size=size,
+        changed=_count(change != 0) if same else size,
+        fresh=jnp.zeros((), jnp.float32) if fresh is None else _count(fresh),
+        square_before=total(old * old),
+        square_after=total(new * new),
+        square_change=total(change * change),
+        zeros=_count(new == 0),
+        nonfinite_before=size * 0 + _count(~jnp.isfinite(old)),
+        nonfinite=_count(~finite),
+    )
+
+
+def combine(changes: Iterable[Change]) -> Change:
+    """The sum of several changes."""
+    result = None
+    for change in changes:
+        result = change if result is None else result.merge(change)
+    return Change.empty() if result is None else result
+
+
+def total(values: jax.Array) -> jax.Array:
+    """The sum of all elements as float32, taken from the last axis to the first."""
+    while values.ndim:
+        values = values.sum(-1)
+    return values.astype(jnp.float32)
+
+
+def _count(flags: jax.Array) -> jax.Array:
+    return total(jnp.where(flags, 1.0, 0.0).astype(jnp.float32))
+
+
+def _wide(values: jax.Array) -> jax.Array:
+    if jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
+        values = jax.random.key_data(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))

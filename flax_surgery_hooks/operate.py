@@ -1,0 +1,334 @@
+"""One surgery on one train state, without hooks: for a notebook, a script, a test, or inside a jitted function."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_surgery_hooks import operation as ops
+from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
+from flax_surgery_hooks import rules
+from flax_surgery_hooks.errors import InputError, RefusedError
+from flax_surgery_hooks.ledger import Record
+from flax_surgery_hooks.operation import Fire, Operation, Unit
+from flax_surgery_hooks.programs import Arrays, Measured, Programs, choose, judge, verdict
+from flax_surgery_hooks.selection import Patterns, select
+from flax_surgery_hooks.slots import slots_of
+from flax_surgery_hooks.surgery import RESERVED, Edit, as_edit, describe
+from flax_surgery_hooks.train_state import Parts, put_back, take_apart
+
+
+def operate(
+    state: Any,
+    surgery: Any,
+    *,
+    params: Patterns = "**",
+    exclude: Patterns | None = None,
+    expect: int | None = None,
+    opt_state: rules.OptStateRule = None,
+    fresh: str = "mean",
+    guard: str = "finite",
+    key: jax.Array | None = None,
+    step: Any = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> tuple[Any, Record]:
+    """Applies one surgery to a train state and its optimizer state. Pure: the given state is not touched.
+
+    Works on concrete states, on abstract ones (`jax.ShapeDtypeStruct` leaves) and under `jax.jit`. Shapes may change;
+    what depends on them (`apply_fn`, other state) is the caller's.
+
+    Args:
+      state: any object with `params`, `opt_state`, `tx` and `replace`.
+      surgery: a function of one leaf or of the dict `leaves`, or a surgery object; see `Surgery`.
+      params: which leaves: a glob on `/`-joined paths, `re:...`, a predicate of (path, leaf), or a list of these.
+      exclude: leaves to leave out, likewise.
+      expect: how many leaves must be selected.
+      opt_state: how slots follow: "transport", "carry", "keep", "reset", a function, or a mapping by kind of slot.
+      fresh: what second moments of elements without history start from: "mean" of the survivors, or "init".
+      guard: "finite": a result with new non-finite values is not applied; "off".
+      key: PRNG key, if the surgery draws.
+      step: what the surgery sees as `step`; by default `state.step`.
+      inputs: further inputs by name.
+
+    Returns:
+      The new state, and the record with its figures (traced or abstract where the state is).
+
+    Raises:
+      SurgeryError: see `flax_surgery_hooks.errors`; the state keeps all its values.
+      RefusedError: the result has new non-finite values (concrete states only; under jit the old values stay).
+
+    >>> import jax.numpy as jnp, optax, flax_surgery_hooks as fsh
+    >>> state = fsh.TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.adam(0.1))
+    >>> state, record = operate(state, lambda w: w / 2, params="w")
+    >>> state.params["w"].tolist(), float(record.figures["params/relative_change"])
+    ([0.5, 0.5, 0.5], 0.5)
+    """
+    start = time.perf_counter()
+    parts = take_apart(state)
+    operation = make_operation(
+        surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard
+    )
+    operation, traced_inputs = bind_inputs(operation, inputs or {})
+    if key is None and needs_key(operation):
+        raise InputError(f"The surgery {operation.edit.name} draws random numbers.", write="key=jax.random.key(0)")
+    step = getattr(state, "step", 0) if step is None else step
+    plan = plan_units(operation, parts)
+    arrays = [arrays_of(unit, parts) for unit in plan]
+    given = (arrays, key, step, traced_inputs)
+    if _is_concrete(given):
+        fires = [ops.fire_for(unit, key, jnp.asarray(step, jnp.int32), traced_inputs) for unit in plan]
+        outcome = run(_programs(operation), plan, arrays, fires, may_reshape=_may_reshape(operation))
+        if outcome.ok is not None and not bool(outcome.ok):
+            raise RefusedError(
+                f"The surgery {operation.edit.name} made values that are not finite; the state is as it was.",
+                found=f"{_nonfinite(outcome):.0f} non-finite values",
+                write="an edit that is finite on these leaves, or guard='off'",
+            )
+    elif any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(given)):
+        outcome = jax.eval_shape(functools.partial(_run_traced, operation, plan), *given)
+    else:
+        outcome = _run_traced(operation, plan, *given)
+    return commit(state, parts, plan, outcome), record_of(
+        operation, plan, outcome, event="settled", seconds=time.perf_counter() - start, figures=outcome.figures
+    )
+
+
+class Outcome(NamedTuple):
+    """What a fire did to its units.
+
+    Attributes:
+      arrays: the new values per unit.
+      figures: see `FireFigures.compute_flat`; on the device, empty if not measured.
+      ok: whether the guard let it through, or None without guard.
+      in_place: per unit, 1 where slots stayed in place because the edit mixes.
+    """
+
+    arrays: list[Arrays]
+    figures: dict[str, Any]
+    ok: Any
+    in_place: tuple[bool, ...]
+
+
+def make_operation(
+    surgery: Any,
+    *,
+    params: Patterns,
+    exclude: Patterns | None = None,
+    expect: int | None = None,
+    opt_state: rules.OptStateRule = None,
+    fresh: str = "mean",
+    guard: str = "finite",
+    figures: bool = True,
+) -> Operation:
+    """Reads all that `operate` and `SurgeryHooks.add` are told about one surgery.
+
+    Raises:
+      SurgeryFunctionError, SelectionError, RuleError: what is wrong with it.
+    """
+    edit = as_edit(surgery)
+    return Operation(
+        edit,
+        select(params, exclude=exclude, expect=expect),
+        rules.slot_rules(opt_state, edit.preserves),
+        rules.check_choice(fresh, rules.FRESH, "value of fresh="),
+        rules.check_choice(guard, rules.GUARDS, "guard"),
+        figures,
+    )
+
+
+def bind_inputs(operation: Operation, given: Mapping[str, Any]) -> tuple[Operation, dict[str, Any]]:
+    """The operation with its static inputs bound, and those inputs that are arrays, numbers or pytrees of them.
+
+    Raises:
+      InputError: a reserved name, an input that is missing, or a static one that cannot be hashed.
+    """
+    clash = [name for name in given if name in RESERVED]
+    if clash:
+        raise InputError(
+            f"The input name {clash[0]!r} is reserved for what hooks give to surgeries.",
+            found=f"inputs {', '.join(given)}",
+            write=f"hooks(step, state, my_{clash[0]}=...)",
+        )
+    asked = operation.edit.inputs(given)
+    arrays = {name: value for name, value in asked.items() if _is_arrays(value)}
+    static = tuple((name, value) for name, value in asked.items() if name not in arrays)
+    for name, value in static:
+        try:
+            hash(value)
+        except TypeError as error:
+            raise InputError(
+                f"The input {name!r} is neither made of arrays and numbers nor hashable.",
+                found=type(value).__name__,
+                write="arrays, numbers, pytrees of them, or something hashable such as a function",
+            ) from error
+    return (dataclasses.replace(operation, static=static) if static else operation), arrays
+
+
+def _is_arrays(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(x, jax.Array | np.ndarray | np.generic | int | float) for x in leaves)
+
+
+def needs_key(operation: Operation) -> bool:
+    """Whether anything in an operation must be given a key."""
+    functions = [operation.rules.default, *(rule for _, rule in operation.rules.by_kind)]
+    return operation.edit.takes("key") or "key" in operation.edit.fold_wants or any(map(callable, functions))
+
+
+def plan_units(operation: Operation, parts: Parts) -> list[Unit]:
+    """Which leaves and slots an operation touches.
+
+    Raises:
+      SelectionError, SlotError, StateError: as their names say.
+    """
+    only_keeps = operation.rules.default == "keep" and not operation.rules.by_kind
+    slots = {} if only_keeps else slots_of(parts.tx, parts.opt_state, parts.params)
+    return ops.units(operation, parts.params, slots)
+
+
+def _may_reshape(operation: Operation) -> bool:
+    return not (operation.rules.default == "keep" and not operation.rules.by_kind)
+
+
+def arrays_of(unit: Unit, parts: Parts) -> Arrays:
+    """The values of a unit's leaves and slots."""
+    return Arrays(
+        tuple(parts.params.values[place] for place in unit.places),
+        tuple(parts.opt_leaves[slot.index] for slot in unit.slots),
+    )
+
+
+def run(
+    programs: Programs,
+    plan: Sequence[Unit],
+    arrays: Sequence[Arrays],
+    fires: Sequence[Fire],
+    *,
+    may_reshape: bool,
+    commit: bool = True,
+) -> Outcome:
+    """Runs an operation on concrete values by its compiled programs. Waits for nothing.
+
+    Args:
+      programs: the operation's.
+      plan: its units.
+      arrays: their values.
+      fires: their inputs.
+      may_reshape: whether leaves may change shape.
+      commit: False measures only; the arrays of the outcome are then the old ones.
+    """
+    in_place = [
+        programs.prepare(unit, one, fire, may_reshape=may_reshape)
+        for unit, one, fire in zip(plan, arrays, fires, strict=True)
+    ]
+    operation = programs.operation
+    measured: list[Measured] = []
+    ok: Any = None
+    figures: dict[str, Any] = {}
+    if operation.figures or operation.guard != "off":
+        measured = [programs.measure(*each) for each in zip(plan, arrays, fires, in_place, strict=True)]
+        ok, figures = verdict(measured)
+        ok = ok if operation.guard != "off" else None
+    new = list(arrays)
+    if commit:
+        seeds = [one.seeds for one in measured] if measured else [None] * len(plan)
+        new = [programs.edit(*each, ok) for each in zip(plan, arrays, fires, in_place, seeds, strict=True)]
+    return Outcome(new, figures, ok, tuple(in_place))
+
+
+def _run_traced(
+    operation: Operation, plan: Sequence[Unit], arrays: Sequence[Arrays], key: Any, step: Any, inputs: dict[str, Any]
+) -> Outcome:
+    """`run` inside a trace: one graph, whose rules are chosen on random values of the same shapes."""
+    fires = [ops.fire_for(unit, key, jnp.asarray(step, jnp.int32), inputs) for unit in plan]
+    in_place = tuple(map(functools.partial(_examine_abstractly, operation), plan, arrays, fires))
+    edited = [
+        ops.perform(operation, unit, one.params, one.slots, fire, in_place=stays)
+        for unit, one, fire, stays in zip(plan, arrays, fires, in_place, strict=True)
+    ]
+    changes = [(each.params_change, each.slots_change) for each in edited]
+    new = [Arrays(each.params, each.slots) for each in edited]
+    ok, figures = judge(changes)
+    if operation.guard == "off":
+        ok = None
+    else:
+        new = [choose(ok, after, before) for after, before in zip(new, arrays, strict=True)]
+    return Outcome(new, figures, ok, in_place)
+
+
+def _examine_abstractly(operation: Operation, unit: Unit, arrays: Arrays, fire: Fire) -> bool:
+    if not ops.follows(operation, unit):
+        return False
+    with jax.ensure_compile_time_eval():
+        params = tuple(_stand_in(place, leaf) for place, leaf in enumerate(arrays.params))
+        key = None if fire.key is None else jax.random.key(0)
+        inputs = jax.tree.map(functools.partial(_stand_in, 1_000), fire.inputs)
+        return ops.examine(operation, unit, params, Fire(key, jnp.int32(1), inputs, fire.hashes))
+
+
+def _stand_in(seed: int, leaf: Any) -> Any:
+    """Random values for a traced or abstract leaf; concrete ones are used as they are."""
+    if not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(seed), leaf.shape) if leaf.shape else jax.random.key(seed)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.ones(leaf.shape, leaf.dtype)
+    return jax.random.normal(jax.random.key(seed), leaf.shape, leaf.dtype)
+
+
+def _is_concrete(tree: Any) -> bool:
+    return not any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def commit(state: Any, parts: Parts, plan: Sequence[Unit], outcome: Outcome) -> Any:
+    """The state with the values of an outcome; all other leaves are the same objects."""
+    params: dict[int, Any] = {}
+    slots: dict[int, Any] = {}
+    for unit, new in zip(plan, outcome.arrays, strict=True):
+        params.update(zip(unit.places, new.params, strict=True))
+        slots.update(zip((slot.index for slot in unit.slots), new.slots, strict=True))
+    return put_back(state, parts, params, slots)
+
+
+def _nonfinite(outcome: Outcome) -> float:
+    return float(outcome.figures["params/nonfinite"]) + float(outcome.figures["slots/nonfinite"])
+
+
+def record_of(operation: Operation, plan: Sequence[Unit], outcome: Outcome, **fields: Any) -> Record:
+    """The record of a fire."""
+    leaves = [leaf for new in outcome.arrays for leaf in new.params]
+    mixed = tuple(path for unit, stays in zip(plan, outcome.in_place, strict=True) if stays for path in unit.paths)
+    return Record(
+        surgery=describe_json(operation.edit),
+        rule=operation.rules.describe(),
+        paths=tuple(path for unit in plan for path in unit.paths),
+        leaves=tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves),
+        in_place=mixed,
+        **fields,
+    )
+
+
+def describe_json(edit: Edit) -> str:
+    """Name and fields of a surgery, as JSON."""
+    return json.dumps(describe(edit.function))
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_programs(operation: Operation) -> Programs:
+    return Programs(operation)
+
+
+def _programs(operation: Operation) -> Programs:
+    with contextlib.suppress(TypeError):  # a surgery with unhashable fields is compiled anew
+        return _cached_programs(operation)
+    return Programs(operation)

@@ -1,0 +1,90 @@
+"""What the states of optax hold: registered on import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+from optax import contrib
+
+from flax_surgery_hooks.slots import Kind, Preceding, register_slot
+
+# Transforms behind which updates are preconditioned, of order 0 in the gradient, and those that leave the order alone.
+# Behind any other (an `EmptyState` may be a clip, a sign or a weight decay) the numeric probe decides.
+_PRECONDITIONERS = {
+    "ScaleByAdamState", "ScaleByAmsgradState", "ScaleByBeliefState", "ScaleByRmsState", "ScaleByRStdDevState",
+    "ScaleByRssState", "ScaleByAdaDeltaState", "ScaleByAdanState", "ScaleByLionState", "ScaleByNovogradState",
+    "ScaleBySM3State", "ScaleByRpropState", "FactoredState", "ScaleByTrustRatioState",
+}  # fmt: skip
+_LINEAR = {"TraceState", "EmaState", "ScaleByScheduleState", "ApplyEvery", "AddNoiseState", "ZeroNansState"}
+
+
+def order(preceding: Preceding) -> int | None:
+    """The order in the gradient of what arrives behind these transforms, or None if only a probe can tell."""
+    arriving: int | None = 1
+    for state in preceding:
+        if state.__name__ in _PRECONDITIONERS:
+            arriving = 0
+        elif state.__name__ not in _LINEAR and arriving == 1:
+            arriving = None
+    return arriving
+
+
+def _by_order(first: str, zeroth: str) -> Any:
+    def kind(preceding: Preceding) -> Kind:
+        arriving = order(preceding)
+        return (first, zeroth) if arriving is None else (zeroth, first)[arriving]
+
+    return kind
+
+
+FIRST = _by_order("grad", "update")
+"""Linear in what arrives: an average or a sum of updates."""
+SECOND = _by_order("grad_sq", "invariant")
+"""Quadratic in what arrives."""
+
+
+def adam_nu(preceding: Preceding) -> Kind:
+    """Squares in Adam and its kin, magnitudes in Adamax, which shares the class: the probe tells."""
+    arriving = order(preceding)
+    if arriving == 0:
+        return "invariant"
+    return ("grad_sq", "grad_abs") if arriving == 1 else ("grad_sq", "grad_abs", "invariant")
+
+
+_OPTAX: dict[str, dict[str, Any]] = {
+    "ApplyEvery": {"grad_acc": FIRST},
+    "EmaState": {"ema": FIRST},
+    "TraceState": {"trace": FIRST},
+    "MultiStepsState": {"acc_grads": FIRST},
+    "ScaleByAdamState": {"mu": FIRST, "nu": adam_nu},
+    "ScaleByAmsgradState": {"mu": FIRST, "nu": SECOND, "nu_max": SECOND},
+    "ScaleByAdanState": {"m": FIRST, "v": FIRST, "n": SECOND, "g": FIRST},
+    "ScaleByBeliefState": {"mu": FIRST, "nu": SECOND},
+    "ScaleByLionState": {"mu": FIRST},
+    "ScaleByOptimisticGradientState": {"previous_gradient": FIRST},
+    "ScaleByRmsState": {"nu": SECOND},
+    "ScaleByRStdDevState": {"mu": FIRST, "nu": SECOND},
+    "ScaleByRssState": {"sum_of_squares": SECOND},
+    "ScaleByRpropState": {"step_sizes": "invariant", "prev_updates": ("grad", "update")},
+    # Squares of preconditioned updates: unsigned, of order 0.
+    "ScaleByAdaDeltaState": {"e_g": SECOND, "e_x": "invariant"},
+    "LookaheadState": {},
+    "InjectHyperparamsState": {"hyperparams": "none"},
+    "InjectStatefulHyperparamsState": {"hyperparams": "none", "hyperparams_states": "none"},
+    "AddNoiseState": {"rng_key": "none"},
+}
+
+_CONTRIB: dict[str, dict[str, Any]] = {
+    "MuonState": {"mu": FIRST, "ns_coeffs": "none"},
+    "ReduceLROnPlateauState": {},
+    "ScaleByAdemamixState": {"m1": FIRST, "m2": FIRST, "nu": SECOND},
+    "ScaleBySimplifiedAdEMAMixState": {"m": FIRST, "n": SECOND},
+    "ScheduleFreeState": {"z": "param"},
+}
+
+for _module, _table in ((optax, _OPTAX), (contrib, _CONTRIB)):
+    for _name, _fields in _table.items():
+        _state = getattr(_module, _name, None)
+        if _state is not None:  # older releases lack some
+            register_slot(_state, **_fields)

@@ -1,0 +1,356 @@
+"""Which leaves a hook edits: globs on `/`-joined paths, regular expressions, predicates, unions and exclusions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, Protocol, TypeAlias
+
+import numpy as np
+
+from flax_surgery_hooks.errors import SelectionError, UserCodeError, shorten, typed
+from flax_surgery_hooks.paths import Leaves, close_matches, listed
+
+Patterns: TypeAlias = "str | Callable[[str, Any], bool] | Sequence[Patterns] | Selection"
+"""What selects leaves: a glob, a `re:` pattern, a predicate of (path, leaf), a list of these, or a `Selection`."""
+
+# Braces multiply: a dozen pairs of them would be thousands of patterns, and surely not what was meant.
+_MAX_ALTERNATIVES = 1000
+
+
+class Term(Protocol):
+    """One part of a selection: a `Glob`, a `Regex`, a `Predicate` or a whole `Selection`."""
+
+    def resolve(self, leaves: Leaves) -> tuple[int, ...]:
+        """Indices of the leaves that match, at least one."""
+
+    def describe(self) -> Any:
+        """A JSON-able description that is the same in every process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Glob:
+    """A glob on joined paths; see `select` for its syntax."""
+
+    pattern: str
+
+    def __post_init__(self):
+        _compile_glob(self.pattern)
+
+    def resolve(self, leaves: Leaves) -> tuple[int, ...]:
+        """Indices of the leaves whose path matches."""
+        return self._matches(leaves) or _raise_no_match(f"The pattern {self.pattern!r}", leaves, self._hints(leaves))
+
+    def describe(self) -> str:
+        """The pattern as written."""
+        return self.pattern
+
+    def _matches(self, leaves: Leaves) -> tuple[int, ...]:
+        regex = _compile_glob(self.pattern)
+        return tuple(i for i, path in enumerate(leaves.paths) if regex.fullmatch(_terminated(path)))
+
+    def _hints(self, leaves: Leaves) -> list[str]:
+        """A module named without what is in it, a name without its module, or a misspelling."""
+        wider = [f"{self.pattern}/**", f"**/{self.pattern}", f"**/{self.pattern}/**"]
+        found = [pattern for pattern in wider if Glob(pattern)._matches(leaves)]
+        return found[:1] or close_matches(self.pattern, leaves.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regex:
+    """A regular expression, without its `re:`, that must match a whole joined path."""
+
+    pattern: str
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise SelectionError(
+                f"Not a regular expression: {error}.",
+                found=self.describe(),
+                write=r"for example 're:Dense_[0-3]/kernel'; a backslash before a character meant literally",
+            ) from error
+
+    def resolve(self, leaves: Leaves) -> tuple[int, ...]:
+        """Indices of the leaves whose path matches."""
+        regex = re.compile(self.pattern)
+        matched = tuple(i for i, path in enumerate(leaves.paths) if regex.fullmatch(path))
+        return matched or _raise_no_match(f"The pattern {self.describe()!r}", leaves, self._hints(leaves))
+
+    def describe(self) -> str:
+        """The pattern as written."""
+        return f"re:{self.pattern}"
+
+    def _hints(self, leaves: Leaves) -> list[str]:
+        """A pattern that matches a part of a path, where it must match all of it, or a misspelling."""
+        partial = any(re.search(self.pattern, path) for path in leaves.paths)
+        return [f"re:.*({self.pattern}).*"] if partial else close_matches(self.pattern, leaves.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicate:
+    """A user's function of (path, leaf) that says whether the leaf is selected."""
+
+    fn: Callable[[str, Any], bool]
+
+    def resolve(self, leaves: Leaves) -> tuple[int, ...]:
+        """Indices of the leaves for which the function is true."""
+        pairs = zip(leaves.paths, leaves.values, strict=True)
+        matched = tuple(i for i, (path, leaf) in enumerate(pairs) if self._call(path, leaf))
+        return matched or _raise_no_match(f"The predicate {self.describe()}", leaves, [])
+
+    def describe(self) -> str:
+        """The qualified name: a repr would hold an address, another one in every process."""
+        fn = self.fn
+        while isinstance(fn, functools.partial):
+            fn = fn.func
+        named = fn if hasattr(fn, "__qualname__") else type(fn)
+        return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
+
+    def _call(self, path: str, leaf: Any) -> bool:
+        try:
+            answer = self.fn(path, leaf)
+        except Exception as error:
+            raise UserCodeError(
+                f"The predicate {self.describe()}, called with (path, leaf), raised {type(error).__name__}: "
+                f"{shorten(error)}",
+                path=path,
+            ) from error
+        # Strings and None are what a forgotten comparison or `return` gives; an array would wait for the device.
+        if not isinstance(answer, bool | np.bool_):
+            raise SelectionError(
+                f"The predicate {self.describe()} must return True or False.",
+                found=typed(answer),
+                write="a function of (path, leaf) such as lambda path, leaf: leaf.ndim == 2",
+                path=path,
+            )
+        return bool(answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which leaves of a tree are selected; made by `select`, an immutable value.
+
+    Attributes:
+      include: what selects; a leaf that any of these matches is selected.
+      exclude: what takes leaves away again.
+      expect: how many leaves must be selected, or None for any number.
+    """
+
+    include: tuple[Term, ...]
+    exclude: tuple[Term, ...] = ()
+    expect: int | None = None
+
+    def resolve(self, leaves: Leaves) -> tuple[int, ...]:
+        """Indices of the selected leaves, in tree order; there is at least one.
+
+        Raises:
+          SelectionError: a pattern (each one, also among the excluded) matches nothing, everything is excluded,
+            the count differs from `expect`, or a predicate returns something else than a bool.
+          UserCodeError: a predicate raises.
+
+        >>> from flax_surgery_hooks import paths
+        >>> leaves = paths.flatten({"Dense_0": {"bias": 0.0, "kernel": 1.0}, "Dense_1": {"kernel": 2.0}})
+        >>> select("**/kernel").resolve(leaves)
+        (1, 2)
+        """
+        included = {index for term in self.include for index in term.resolve(leaves)}
+        excluded = {index for term in self.exclude for index in term.resolve(leaves)}
+        selected = tuple(sorted(included - excluded))
+        if not selected:
+            raise SelectionError(
+                "Everything that was selected is also excluded.",
+                found=listed(leaves.paths[index] for index in sorted(included)),
+                write="a narrower exclude=",
+            )
+        if self.expect is not None and len(selected) != self.expect:
+            raise SelectionError(
+                f"Expected {self.expect} leaves, but {len(selected)} are selected.",
+                found=listed(leaves.paths[index] for index in selected),
+                write=f"expect={len(selected)}, or another pattern",
+            )
+        return selected
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON-able description: patterns as written, predicates by qualified name.
+
+        >>> select("**/kernel", exclude="Dense_0/*").describe()
+        {'params': ['**/kernel'], 'exclude': ['Dense_0/*'], 'expect': None}
+        """
+        return {
+            "params": [term.describe() for term in self.include],
+            "exclude": [term.describe() for term in self.exclude],
+            "expect": self.expect,
+        }
+
+
+def select(params: Patterns, exclude: Patterns | None = None, expect: int | None = None) -> Selection:
+    """Makes a `Selection` of leaves, by their path, by a predicate, or both.
+
+    In a glob, `*` stands for any characters and `?` for one, within one name between slashes; `**` stands for any
+    number of whole names, also none: `**/kernel` matches `kernel` and `a/b/kernel`. `{a,b}` stands for `a` or `b`, and
+    may be nested. The path of a single bare array is empty, and `**` matches it.
+
+    Args:
+      params: a glob, a regular expression such as `"re:Dense_[0-3]/kernel"` that must match the whole path, a predicate
+        called with (path, leaf), a list or tuple of these (all that any of them matches), or another `Selection`.
+      exclude: what to leave out, in the same forms.
+      expect: how many leaves must be selected.
+
+    Raises:
+      SelectionError: a malformed or empty pattern, an empty list, a wrong type, or an `expect` that is not positive.
+
+    >>> from flax_surgery_hooks import paths
+    >>> leaves = paths.flatten({"Dense_0": {"bias": 0.0, "kernel": 1.0}, "Dense_1": {"kernel": 2.0}})
+    >>> select("**/kernel", exclude="Dense_0/**", expect=1).resolve(leaves)
+    (2,)
+    """
+    if isinstance(params, Selection) and exclude is None and expect is None:
+        return params
+    excluded = () if exclude is None else tuple(_terms(exclude, "exclude="))
+    return Selection(tuple(_terms(params, "params=")), excluded, None if expect is None else _as_count(expect))
+
+
+def _terms(patterns: Any, argument: str) -> Iterator[Term]:
+    """The terms of `patterns`, lists flattened; `argument` is how the caller wrote it."""
+    if isinstance(patterns, list | tuple):
+        if not patterns:
+            raise SelectionError(f"{argument} is an empty list.", found=patterns, write=f"{argument}{_OPEN[argument]}")
+        yield from itertools.chain.from_iterable(_terms(pattern, argument) for pattern in patterns)
+    elif isinstance(patterns, str):
+        yield _pattern(patterns, argument)
+    elif isinstance(patterns, Selection):
+        yield patterns
+    elif callable(patterns):
+        yield Predicate(patterns)
+    else:
+        raise SelectionError(
+            f"{argument} cannot be of type {type(patterns).__name__}.",
+            write="a glob, a 're:' pattern, a function of (path, leaf), a list of these, or a Selection",
+        )
+
+
+# What stands for "all" in `params=` and for "none" in `exclude=`.
+_OPEN = {"params=": "'**'", "exclude=": "None"}
+
+
+def _pattern(text: str, argument: str) -> Term:
+    is_regex = text.startswith("re:")
+    if not text.removeprefix("re:").strip():
+        raise SelectionError(
+            f"{argument} holds an empty pattern.", found=repr(text), write=f"{argument}{_OPEN[argument]}"
+        )
+    return Regex(text.removeprefix("re:")) if is_regex else Glob(text)
+
+
+def _as_count(expect: Any) -> int:
+    try:
+        count = 0 if isinstance(expect, bool) else operator.index(expect)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise SelectionError(
+            "expect= is how many leaves must be selected, a positive integer.",
+            found=typed(expect),
+            write="expect=2",
+        )
+    return count
+
+
+def _raise_no_match(what: str, leaves: Leaves, hints: list[str]) -> NoReturn:
+    raise SelectionError(
+        f"{what} matches none of the {len(leaves.paths)} parameters.",
+        found=listed(map(repr, leaves.paths)) if leaves.paths else "no parameters at all",
+        write=" or ".join(map(repr, hints)) or None,
+    )
+
+
+def _terminated(path: str) -> str:
+    """Every name followed by a slash: the empty path has no names, and `**` needs no special cases at either end."""
+    return f"{path}/" if path else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile_glob(pattern: str) -> re.Pattern[str]:
+    """A regular expression for `_terminated` paths.
+
+    Raises:
+      SelectionError: the glob is malformed.
+    """
+    if "[" in pattern:
+        raise SelectionError(
+            "Brackets are not part of a glob, and layer slices of a stacked leaf are not supported yet.",
+            found=repr(pattern),
+            write="the whole leaf, and kernel.at[3].set(...) in the surgery; for a character class, 're:Dense_[0-3]'",
+        )
+    regexes = [_names_regex(_terminated(alternative)) for alternative in _alternatives(pattern)]
+    return re.compile("|".join(regexes))
+
+
+def _names_regex(glob: str) -> str:
+    """The regular expression of a terminated glob without braces."""
+    # Several `**` in a row mean no more than one, and would backtrack exponentially.
+    single = re.sub(r"(?<![^/])(\*\*/)+", "**/", glob)
+    return "".join(r"(?:[^/]*/)*" if name == "**" else f"{_name_regex(name)}/" for name in single.split("/")[:-1])
+
+
+def _name_regex(name: str) -> str:
+    if "**" in name:
+        raise SelectionError(
+            "`**` stands for whole names, and must stand alone between slashes.",
+            found=repr(name),
+            write=repr(re.sub(r"\*+", "*", name)),
+        )
+    wild = {"*": "[^/]*", "?": "[^/]"}
+    return "".join(wild.get(character) or re.escape(character) for character in name)
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """What the braces of a glob stand for, written out, without duplicates.
+
+    >>> _alternatives("{a,b{c,d}}/e")
+    ['a/e', 'bc/e', 'bd/e']
+    """
+    # One entry per open brace, outermost first: its finished alternatives, and what the unfinished one begins with.
+    levels: list[tuple[list[str], list[str]]] = [([], [""])]
+    for token in re.split(r"([{},])", pattern):
+        done, current = levels.pop()
+        if token == "{":
+            levels += [(done, current), ([], [""])]
+        elif token == "}" and levels:
+            outer, heads = levels.pop()
+            levels.append((outer, _crossed(heads, _checked(done + current, pattern), pattern)))
+        elif token == "}":
+            raise _brace_error("A brace is closed that was never opened.", pattern)
+        elif token == "," and levels:
+            levels.append((done + current, [""]))
+        else:
+            levels.append((done, [head + token for head in current]))
+    if len(levels) > 1:
+        raise _brace_error("A brace is opened and never closed.", pattern)
+    return list(dict.fromkeys(levels[0][1]))
+
+
+def _crossed(heads: list[str], tails: list[str], pattern: str) -> list[str]:
+    if len(heads) * len(tails) > _MAX_ALTERNATIVES:
+        raise _brace_error(f"Braces that stand for more than {_MAX_ALTERNATIVES} patterns.", pattern)
+    return [head + tail for head in heads for tail in tails]
+
+
+def _checked(alternatives: list[str], pattern: str) -> list[str]:
+    """The alternatives of one pair of braces, unless they are a slip of the pen."""
+    if alternatives == [""]:
+        raise _brace_error("Braces with nothing in them.", pattern)
+    if any(text != text.strip() for text in alternatives):
+        raise _brace_error("Spaces within braces are taken as part of a name.", pattern)
+    return alternatives
+
+
+def _brace_error(problem: str, pattern: str) -> SelectionError:
+    write = "{kernel,bias} without spaces, or a list of patterns; for a literal brace, a 're:' pattern"
+    return SelectionError(problem, found=repr(pattern), write=write)

@@ -1,0 +1,158 @@
+"""What the slots of an optimizer hold, measured: how do they scale when gradients do?
+
+Tiny gradient streams, one of them scaled by 4, one negated, run through the optimizer. Where a slot becomes 4 times as
+large it is of order 1 in the gradient, 16 times of order 2, equal of order 0; negation tells signed from unsigned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flax_surgery_hooks.errors import SlotError, shorten
+
+STEPS = 3
+SCALE = 4.0
+SMALL, LARGE = 1e3, 1e6
+"""Sizes of the scaled gradients and of those that dominate a global norm. Both are far above weight decay and `eps`."""
+
+
+class Verdict(NamedTuple):
+    """What the probe says of one leaf: a kind, or None where it saw too little; and what it saw, in words."""
+
+    kind: str | None
+    seen: str
+
+
+class Probed(NamedTuple):
+    """Results for all leaves of an optimizer state, in tree order.
+
+    Attributes:
+      treedef: structure of `tx.init(params)`.
+      verdicts: one per leaf.
+      init: the constant that `tx.init` fills the leaf with, or None.
+    """
+
+    treedef: Any
+    verdicts: tuple[Verdict, ...]
+    init: tuple[float | None, ...]
+
+
+KIND_OF = {(1, -1): "grad", (2, 1): "grad_sq", (1, 1): "grad_abs", (0, -1): "update", (0, 1): "invariant"}
+
+
+def probe(tx: Any, params_treedef: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> Probed:
+    """Runs the optimizer on parameters of the same structure with dimensions of at most 2.
+
+    One half of the leaves is scaled while the other dominates, then the other way round, so that a clip by the global
+    norm acts alike on all streams.
+
+    Raises:
+      SlotError: the optimizer cannot be run like that.
+    """
+    with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = jax.tree.unflatten(params_treedef, [_tiny(i, *shape) for i, shape in enumerate(shapes)])
+        scaled = [[i % 2 == half or len(shapes) == 1 for i in range(len(shapes))] for half in (0, 1)]
+        factors = np.array([[_factors(chosen, to) for to in (1.0, SCALE, -1.0)] for chosen in scaled], np.float32)
+        try:
+            first, last = jax.jit(_streams(tx, params))(factors.reshape(6, len(shapes)))
+            treedef = jax.tree.structure(jax.eval_shape(tx.init, params))
+        except Exception as error:
+            raise SlotError(
+                f"The optimizer could not be probed: {type(error).__name__}: {shorten(error, 200)}",
+                write="opt_state='keep', or an optimizer whose update(updates, state, params) runs on any shapes",
+            ) from error
+        first, last = jax.device_get((first, last))
+        originals = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params) if _is_float(leaf)]
+    verdicts = tuple(_judge(a, b, originals) for a, b in zip(first, last, strict=True))
+    return Probed(treedef, verdicts, tuple(_constant(leaf) for leaf in first))
+
+
+def _tiny(place: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    small = tuple(min(size, 2) for size in shape)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), small) if small else jax.random.key(0)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.zeros(small, dtype)
+    values = 1.1 + np.random.default_rng(place).random(small)  # never 1 or 0, which `tx.init` writes too
+    return jnp.asarray(values, dtype)
+
+
+def _factors(scaled: list[bool], to: float) -> list[float]:
+    return [SMALL * to if one else LARGE for one in scaled]
+
+
+def _streams(tx: Any, params: Any) -> Callable[[Any], tuple[Any, Any]]:
+    """A function from factors [streams, leaves] to the leaves of the initial and of the final states [streams, ...]."""
+    transform = optax.with_extra_args_support(tx)
+    leaves, treedef = jax.tree.flatten(params)
+
+    def gradients(step: int, factors: jax.Array) -> Any:
+        def one(place: int, leaf: Any) -> Any:
+            if not _is_float(leaf):
+                return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
+            direction = 0.5 + np.random.default_rng((step, place)).random(leaf.shape)
+            signs = np.random.default_rng(place).choice([-1.0, 1.0], leaf.shape)
+            return (factors[place] * jnp.asarray(direction * signs, jnp.float32)).astype(leaf.dtype)
+
+        return jax.tree.unflatten(treedef, [one(place, leaf) for place, leaf in enumerate(leaves)])
+
+    def stream(factors: jax.Array) -> Any:
+        state, current = transform.init(params), params
+        for step in range(STEPS):
+            grads = gradients(step, factors)
+            updates, state = transform.update(
+                grads, state, current, value=jnp.float32(1), grad=grads, value_fn=lambda _: jnp.float32(1)
+            )
+            current = optax.apply_updates(current, updates)
+        return state
+
+    return lambda factors: (_numbers(transform.init(params)), _numbers(jax.vmap(stream)(factors)))
+
+
+def _numbers(state: Any) -> list[jax.Array]:
+    """The leaves of a state; what is no float becomes a 0, since keys cannot leave the device."""
+    return [leaf if _is_float(leaf) else jnp.zeros((), jnp.int32) for leaf in map(_as_array, jax.tree.leaves(state))]
+
+
+def _as_array(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _constant(leaf: Any) -> float | None:
+    if not _is_float(leaf) or leaf.size == 0:
+        return None
+    values = np.asarray(leaf, np.float64).ravel()
+    return float(values[0]) if (values == values[0]).all() else None
+
+
+def _judge(first: Any, last: Any, originals: list[np.ndarray]) -> Verdict:
+    if not _is_float(last):
+        return Verdict(None, "not a float")
+    start = np.asarray(first, np.float64)
+    loose = 1e-2 if jnp.finfo(last.dtype).bits < 32 else 1e-6
+    if any(start.shape == copy.shape and np.allclose(start, copy, rtol=loose) for copy in originals):
+        return Verdict("param", "starts as a copy of the parameters")
+    streams = np.asarray(last, np.float64).reshape(2, 3, -1)
+    best = Verdict(None, "does not move")
+    for base, larger, negated in streams:
+        moved = (base != 0) & np.isfinite(base) & np.isfinite(larger) & np.isfinite(negated)
+        if not moved.any():
+            continue
+        order = np.median(np.log(np.maximum(np.abs(larger[moved] / base[moved]), 1e-30))) / np.log(SCALE)
+        sign = np.median(np.sign(negated[moved] / base[moved]))
+        kind = KIND_OF.get((round(order), int(sign))) if abs(order - round(order)) < 0.1 else None
+        verdict = Verdict(kind, f"order {order:.2f} in the gradient, {'signed' if sign < 0 else 'unsigned'}")
+        if kind != "invariant":
+            return verdict
+        best = verdict
+    return best

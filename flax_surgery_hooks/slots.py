@@ -1,0 +1,269 @@
+"""Which optax leaf belongs to which parameter, and what it holds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_surgery_hooks import slot_probe
+from flax_surgery_hooks.errors import SlotError, StateError
+from flax_surgery_hooks.paths import KeyPath, Leaves
+from flax_surgery_hooks.rules import KINDS, check_choice
+
+Preceding = tuple[type, ...]
+Kind = str | tuple[str, ...]
+KindOf = Kind | Callable[[Preceding], Kind]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One leaf of the optimizer state that belongs to a parameter.
+
+    Attributes:
+      index: its place among the flattened leaves of `opt_state`.
+      owner: place of its parameter among the flattened leaves of `params`.
+      kind: see `rules.KINDS`.
+      name: class and field, such as "ScaleByAdamState.mu".
+      group: the same for the slots of all parameters that come from one field of one state.
+      init: the constant that `tx.init` fills it with, or None if that is no constant.
+    """
+
+    index: int
+    owner: int
+    kind: str
+    name: str
+    group: str
+    init: float | None
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A field of an optimizer state whose leaves mirror the parameters, before its kind is known."""
+
+    keys: KeyPath
+    state: type
+    field: str
+    preceding: Preceding
+
+    @property
+    def name(self) -> str:
+        return f"{self.state.__name__}.{self.field}"
+
+
+_REGISTRY: dict[type, dict[str, KindOf]] = {}
+
+
+def register_slot(state: type, **fields: KindOf) -> None:
+    """Says what the parameter-shaped fields of an optimizer state hold; its other fields follow no edit.
+
+    Args:
+      state: the state's class, a NamedTuple or dataclass.
+      **fields: per field one of `rules.KINDS`, or a function from the tuple of state classes that precede this one in
+        the chain to a kind, or to a tuple of possible kinds, among which the numeric probe decides.
+
+    Raises:
+      RuleError: a kind that does not exist.
+      SlotError: the class has no such field.
+
+    >>> import typing
+    >>> class MyMomentum(typing.NamedTuple):
+    ...     trace: typing.Any
+    >>> register_slot(MyMomentum, trace="grad")
+    """
+    known = getattr(state, "_fields", None) or tuple(getattr(state, "__dataclass_fields__", {}))
+    for field, kind in fields.items():
+        if field not in known:
+            raise SlotError(f"{state.__name__} has no field {field!r}.", found=f"fields {', '.join(known)}")
+        for one in () if callable(kind) else (kind,) if isinstance(kind, str) else kind:
+            check_choice(one, KINDS, "kind of slot")
+    _REGISTRY[state] = dict(fields)
+    find_slots.cache_clear()
+
+
+def slots_of(tx: Any, opt_state: Any, params: Leaves) -> dict[int, tuple[Slot, ...]]:
+    """The slots of every parameter, by the parameter's place among the flattened leaves.
+
+    Args:
+      tx: the `optax.GradientTransformation` that `opt_state` belongs to.
+      opt_state: its state; arrays or `jax.ShapeDtypeStruct`s.
+      params: the flattened parameters.
+
+    Raises:
+      SlotError: a state or field of unknown meaning, or one whose registered kind the probe contradicts.
+      StateError: `opt_state` is not what `tx.init` makes for these parameters.
+    """
+    shapes = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in map(as_abstract, params.values))
+    items, treedef = jax.tree_util.tree_flatten_with_path(opt_state)
+    slot_shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in (as_abstract(leaf) for _, leaf in items))
+    return find_slots(tx, treedef, slot_shapes, params.treedef, params.keys, shapes)
+
+
+def as_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, a number or an abstract array."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.eval_shape(lambda: jnp.asarray(leaf))
+
+
+@functools.lru_cache(maxsize=32)
+def find_slots(
+    tx: Any,
+    opt_treedef: Any,
+    slot_shapes: tuple[tuple[tuple[int, ...], Any], ...],
+    params_treedef: Any,
+    param_keys: tuple[KeyPath, ...],
+    param_shapes: tuple[tuple[tuple[int, ...], Any], ...],
+) -> dict[int, tuple[Slot, ...]]:
+    """`slots_of` on what is hashable, so that it is done once per optimizer and structure."""
+    opt_state = jax.tree.unflatten(opt_treedef, [jax.ShapeDtypeStruct(*shape) for shape in slot_shapes])
+    fields = list(_fields(opt_state, param_keys))
+    if not fields:
+        return {}
+    probed = slot_probe.probe(tx, params_treedef, param_shapes)
+    if probed.treedef != opt_treedef:
+        raise StateError(
+            "The optimizer state is not what `tx.init` makes for these parameters.",
+            found=str(opt_treedef),
+            write="state.replace(opt_state=tx.init(params)) with the very `tx` of the state",
+        )
+    by_keys = {keys: place for place, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(opt_state)[0])}
+    found: dict[int, list[Slot]] = {}
+    for field in fields:
+        for keys, place in by_keys.items():
+            if keys[: len(field.keys)] != field.keys:
+                continue
+            owner = _owner(keys[len(field.keys) :], param_keys)
+            if owner is None or not jnp.issubdtype(param_shapes[owner][1], jnp.inexact):
+                continue
+            kind = _kind(field, probed.verdicts[place])
+            layout = "".join(map(str, keys[len(field.keys) + len(param_keys[owner]) :]))
+            group = jax.tree_util.keystr(field.keys) + layout
+            found.setdefault(owner, []).append(Slot(place, owner, kind, field.name, group, probed.init[place]))
+    return {owner: tuple(slots) for owner, slots in found.items()}
+
+
+def _owner(rest: KeyPath, param_keys: tuple[KeyPath, ...]) -> int | None:
+    """The parameter whose whole key path `rest` begins with."""
+    return next((place for place, keys in enumerate(param_keys) if rest[: len(keys)] == keys), None)
+
+
+def _kind(field: _Field, verdict: slot_probe.Verdict) -> str:
+    registered = _REGISTRY[field.state][field.field]
+    allowed = registered(field.preceding) if callable(registered) else registered
+    kinds = (allowed,) if isinstance(allowed, str) else allowed
+    if verdict.kind is None or "none" in kinds:
+        return kinds[0]
+    if verdict.kind in kinds:
+        return verdict.kind
+    raise SlotError(
+        f"{field.name} is registered as {' or '.join(kinds)} in this chain, but scales otherwise when gradients do.",
+        found=verdict.seen,
+        write=f"fsh.register_slot({field.state.__name__}, {field.field}={verdict.kind!r}), "
+        "or a function of the transforms before it",
+    )
+
+
+# The walk from the root of an optimizer state to the nodes that mirror the parameters.
+
+
+def _fields(opt_state: Any, param_keys: tuple[KeyPath, ...]) -> Iterator[_Field]:
+    yield from _walk(opt_state, (), None, "", (), param_keys)
+
+
+def _walk(
+    node: Any, keys: KeyPath, state: type | None, field: str, preceding: Preceding, param_keys: tuple[KeyPath, ...]
+) -> Iterator[_Field]:
+    """Yields the fields below `node`, which lies in `field` of the nearest enclosing `state`."""
+    if not jax.tree.leaves(node):
+        return
+    if state is not None and _mirrors(node, state, field, param_keys):
+        _check_known(state, field)
+        if _REGISTRY[state][field] != "none":
+            yield _Field(keys, state, field, preceding)
+        return
+    if isinstance(node, jax.ShapeDtypeStruct):
+        _check_follows_nothing(node, state, field)
+        return
+    is_chain = isinstance(node, tuple) and not hasattr(node, "_fields")
+    unordered = isinstance(node, dict) and state is not optax.transforms.PartitionState
+    before = (*preceding, object) if unordered else preceding
+    for child_keys, child in _children(node):
+        here, name = (type(node), child_keys[0].name) if hasattr(node, "_fields") else (state, field)
+        yield from _walk(child, (*keys, *child_keys), here, name, before, param_keys)
+        if is_chain:
+            before = (*before, *_state_types(child))
+
+
+def _children(node: Any) -> list[tuple[KeyPath, Any]]:
+    return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda other: other is not node)[0]
+
+
+def _state_types(node: Any) -> tuple[type, ...]:
+    """The state classes of a transform, or of each in a nested chain."""
+    if isinstance(node, tuple) and not hasattr(node, "_fields"):
+        return tuple(kind for child in node for kind in _state_types(child))
+    return (type(node),)
+
+
+def _is_hole(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _mirrors(node: Any, state: type, field: str, param_keys: tuple[KeyPath, ...]) -> bool:
+    """Whether every leaf below `node` starts with a full parameter path and every parameter is covered.
+
+    A hole (`MaskedNode`, None) covers the parameters below it. What stands at a parameter's place may be a box or a
+    tuple of arrays, but no further state: labels of a partition can be equal to parameter names.
+    """
+    if param_keys == ((),):  # one bare array: nothing to recognise by, so the registry decides
+        return field in _REGISTRY.get(state, {})
+    items = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: _is_hole(x) or _is_state(x))[0]
+    if any(_is_state(leaf) for _, leaf in items):
+        return False
+    owners = [_owner(keys, param_keys) for keys, leaf in items if not _is_hole(leaf)]
+    if None in owners or not owners:
+        return False
+    holes = [keys for keys, leaf in items if _is_hole(leaf)]
+    covered = set(owners)
+    return all(
+        place in covered or any(keys[: len(hole)] == hole for hole in holes) for place, keys in enumerate(param_keys)
+    )
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields") and not isinstance(node, optax.MaskedNode)
+
+
+def _check_known(state: type, field: str) -> None:
+    if field in _REGISTRY.get(state, {}):
+        return
+    raise SlotError(
+        f"The field {field!r} of the optimizer state {state.__name__} mirrors the parameters, and what it holds "
+        "is unknown.",
+        found=f"class {state.__module__}.{state.__qualname__}",
+        write=f'fsh.register_slot({state.__name__}, {field}="grad") (or another of {", ".join(KINDS)}), '
+        'or opt_state="keep"',
+    )
+
+
+def _check_follows_nothing(leaf: Any, state: type | None, field: str) -> None:
+    """Counts, keys and the scalars of registered states follow no edit; anything else has to be declared."""
+    is_count = leaf.shape == () and not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    declared = _REGISTRY.get(state, {}) if state is not None else {}
+    if is_count or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or declared.get(field) == "none":
+        return
+    if state in _REGISTRY and field not in declared and leaf.shape == ():
+        return
+    name = state.__name__ if state is not None else "the optimizer state"
+    raise SlotError(
+        f"The field {field!r} of {name} holds an array that does not mirror the parameters, and how it follows an edit "
+        "is unknown.",
+        found=f"{leaf.dtype}{list(leaf.shape)}",
+        write=f'fsh.register_slot({name}, {field}="none") if it follows no edit, or opt_state="keep"',
+    )

@@ -1,0 +1,10 @@
+"""The catalogue: ready surgeries, each a small frozen dataclass that uses the public protocol alone."""
+
+from flax_surgery_hooks.surgeries.norms import ClipNorm as ClipNorm
+from flax_surgery_hooks.surgeries.norms import Normalize as Normalize
+from flax_surgery_hooks.surgeries.norms import Scale as Scale
+from flax_surgery_hooks.surgeries.values import Assign as Assign
+from flax_surgery_hooks.surgeries.values import Noise as Noise
+from flax_surgery_hooks.surgeries.values import Reinit as Reinit
+
+__all__ = ["Assign", "ClipNorm", "Noise", "Normalize", "Reinit", "Scale"]

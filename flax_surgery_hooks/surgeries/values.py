@@ -1,0 +1,137 @@
+"""Surgeries that put other values into a leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_surgery_hooks.errors import SurgeryFunctionError
+from flax_surgery_hooks.paths import close_matches, flatten, listed
+from flax_surgery_hooks.surgery import key_for
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Adds Gaussian noise: `leaf + std * scale * n` with n standard normal.
+
+    Every element keeps its history, so slots stay as they are, bit for bit.
+
+    Args:
+      std: standard deviation, >= 0.
+      relative: whether `scale` is the leaf's root mean square (True) or 1.
+
+    >>> Noise(0.0)(jnp.ones(2), jax.random.key(0)).tolist()
+    [1.0, 1.0]
+    """
+
+    std: float
+    relative: bool = True
+    preserves: ClassVar[str] = "nothing"
+
+    def __post_init__(self):
+        if isinstance(self.std, bool) or not isinstance(self.std, int | float) or not 0 <= self.std < float("inf"):
+            raise SurgeryFunctionError("Noise(std=...) must be a finite number of at least 0.", found=repr(self.std))
+
+    def __call__(self, leaf: jax.Array, key: jax.Array) -> jax.Array:
+        """The edited leaf."""
+        scale = jnp.sqrt(jnp.mean(jnp.square(leaf))) if self.relative else 1.0
+        return leaf + jax.lax.stop_gradient(self.std * scale * jax.random.normal(key, leaf.shape, leaf.dtype))
+
+
+@dataclass(frozen=True)
+class Assign:
+    """Puts given values into leaves. All their elements are fresh.
+
+    Args:
+      value: a number or array that broadcasts to each leaf, or a mapping from path to such.
+
+    >>> Assign(0.0)({"w": jnp.ones(2)})["w"].tolist()
+    [0.0, 0.0]
+    """
+
+    value: Any = field(hash=False)
+    preserves: ClassVar[str] = "nothing"
+
+    def __call__(self, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The edited leaves."""
+        return {path: self._value(path, leaf) for path, leaf in leaves.items()}
+
+    def _value(self, path: str, leaf: jax.Array) -> jax.Array:
+        value = self.value
+        if isinstance(value, Mapping):
+            if path not in value:
+                raise SurgeryFunctionError(
+                    "Assign(value=...) has no value for a selected leaf.",
+                    path=path,
+                    found=f"values for {listed(value)}",
+                    write=listed(close_matches(path, value)) or f"{{{path!r}: ...}}",
+                )
+            value = value[path]
+        if np.broadcast_shapes(np.shape(value), leaf.shape) != leaf.shape:
+            raise SurgeryFunctionError(
+                "Assign(value=...) does not broadcast to the leaf.",
+                path=path,
+                found=f"shape {list(np.shape(value))} for {list(leaf.shape)}",
+            )
+        return jnp.broadcast_to(jnp.asarray(value, leaf.dtype), leaf.shape)
+
+
+@dataclass(frozen=True)
+class Reinit:
+    """Draws leaves anew, by the model's own initialisers or by a given one. All their elements are fresh.
+
+    Args:
+      init: `init(key) -> params`, such as `lambda key: model.init(key, batch)["params"]`. Only the selected leaves of
+        what it returns are computed.
+      initializer: instead of `init`, a `jax.nn.initializers` function `(key, shape, dtype) -> array`, for each leaf.
+
+    >>> reinit = Reinit(initializer=jax.nn.initializers.zeros)
+    >>> reinit({"w": jnp.ones(2)}, key=jax.random.key(0))["w"].tolist()
+    [0.0, 0.0]
+    """
+
+    init: Callable[[jax.Array], Any] | None = None
+    initializer: Callable[..., jax.Array] | None = None
+    preserves: ClassVar[str] = "nothing"
+
+    def __post_init__(self):
+        if (self.init is None) == (self.initializer is None):
+            raise SurgeryFunctionError(
+                "Reinit needs either the model's `init` or one `initializer`.",
+                found="both" if self.init is not None else "neither",
+                write='Reinit(init=lambda key: model.init(key, batch)["params"])',
+            )
+
+    def __call__(self, leaves: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        """The edited leaves."""
+        if self.initializer is not None:
+            return {p: self.initializer(key_for(key, p), leaf.shape, leaf.dtype) for p, leaf in leaves.items()}
+        assert self.init is not None
+        drawn = flatten(self.init(key))
+        fresh = dict(zip(drawn.paths, drawn.values, strict=True))
+        return {path: _same(path, leaf, fresh) for path, leaf in leaves.items()}
+
+
+def _same(path: str, leaf: jax.Array, fresh: Mapping[str, jax.Array]) -> jax.Array:
+    if path not in fresh:
+        raise SurgeryFunctionError(
+            "Reinit(init=...) returned no such parameter.",
+            path=path,
+            found=listed(fresh),
+            write='init=lambda key: model.init(key, batch)["params"]'
+            if f"params/{path}" in fresh
+            else listed(close_matches(path, fresh)) or "an init of this very model",
+        )
+    if fresh[path].shape != leaf.shape:
+        raise SurgeryFunctionError(
+            "Reinit(init=...) returned a parameter of another shape.",
+            path=path,
+            found=f"{list(fresh[path].shape)} for {list(leaf.shape)}",
+            write="an init of this very model",
+        )
+    return fresh[path].astype(leaf.dtype)

@@ -1,0 +1,34 @@
+"""Hostile defaults: eight devices, errors for rank promotion, and fixtures that forbid transfers or allow float64."""
+
+import os
+
+# Before JAX is imported: it reads these once. Workers of pytest-xdist and subprocesses inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+try:
+    from jax import enable_x64
+except ImportError:  # before JAX 0.8
+    from jax.experimental import enable_x64
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def no_transfers() -> Iterator[None]:
+    """An implicit transfer between host and device, in either direction, is an error."""
+    with jax.transfer_guard("disallow"):
+        yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Arrays made in this test may be float64."""
+    with enable_x64(True):
+        yield
