@@ -14,18 +14,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     fast = variant == "fast"
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.num_steps = 650 if fast else 1_500
-    config.eval_every = 10 if fast else 25
+    config.num_steps = 750 if fast else 1_500
+    config.eval_every = 25
     config.batch_size = 64
-    config.learning_rate = 2e-3
-    config.end_learning_rate = 2e-4
+    config.learning_rate = 5e-3
+    config.end_learning_rate = 5e-4
     config.warmup_steps = 50
     config.weight_decay = 1e-3
     config.threshold = 0.02  # `drop_small`, the hook written in the example, zeroes weights below this ...
-    config.threshold_at = 450 if fast else 1_100  # ... at this step
+    config.threshold_at = 500 if fast else 1_100  # ... at this step
     config.surgery = ml_collections.ConfigDict()
     # The surgery of Flax's own guide: the last kernel divided by its norm, its Adam moments following.
-    config.surgery.head_norm = fsh.config.hook("normalize", params="Dense_1/kernel", every=100 if fast else 200)
+    config.surgery.head_norm = fsh.config.hook("normalize", params="Dense_1/kernel", every=200)
     # One layer starts again from its initialiser, with fresh moments.
-    config.surgery.reinit = fsh.config.hook("reinit", params="Dense_0/*", at=(250,) if fast else (700,))
+    config.surgery.reinit = fsh.config.hook("reinit", params="Dense_0/*", at=(300,) if fast else (700,))
     return config

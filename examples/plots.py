@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all eyes
-INK, FAINT, GRID = "#222222", "#8a8f98", "#e6e8eb"
+INK, FAINT, GRID, HELD_OUT = "#222222", "#8a8f98", "#e6e8eb", "#7A3E9D"
 STYLE = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -66,19 +66,19 @@ def draw(path: pathlib.Path, history: History, fires: Sequence[tuple[int, str]])
                 axes.axvline(step, color=colours[hook], linewidth=1.1, alpha=0.55, zorder=1)
         accuracy.set_xlabel("train steps applied")
         accuracy.xaxis.set_major_formatter("{x:,.0f}")
-        accuracy.set_xlim(0, len(history.train_losses) * 1.01)
+        accuracy.set_xlim(0, len(history.train_losses) * 1.005)
         figure.align_ylabels([loss, accuracy])
         figure.savefig(path)
 
 
 def _draw_fires(axes: Axes, fires: Sequence[tuple[int, str]], hooks: list[str], colours: dict[str, str]) -> None:
     """One row per hook, a mark per fire with its step beside it where there is room."""
-    axes.set_title("Surgeries", loc="left", fontsize=11, fontweight="bold")
+    axes.set_title("Surgeries" if hooks else "Surgeries: none fired", loc="left", fontsize=11, fontweight="bold")
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0, labelbottom=False)
     axes.set_yticks(range(len(hooks)), hooks)
-    axes.set_ylim(len(hooks) - 0.5, -0.5)
+    axes.set_ylim(max(len(hooks), 1) - 0.5, -0.5)
     for row, hook in enumerate(hooks):
         steps = [step for step, name in fires if name == hook]
         axes.axhline(row, color=GRID, linewidth=0.8, zorder=0)
@@ -100,13 +100,13 @@ def _draw_fires(axes: Axes, fires: Sequence[tuple[int, str]], hooks: list[str], 
 
 
 def _draw_loss(axes: Axes, history: History) -> None:
-    """Every train loss faint, their running median strong, the held-out loss on top."""
+    """Every train loss faint, their running mean strong, the held-out loss on top."""
     steps = np.arange(1, len(history.train_losses) + 1)
     axes.set_title("Cross entropy", loc="left", fontsize=11, fontweight="bold")
     axes.set_yscale("log")
     axes.plot(steps, history.train_losses, color=FAINT, linewidth=0.6, alpha=0.45)
-    axes.plot(steps, _running_median(history.train_losses), color=INK, linewidth=1.5, label="train, median of the last 15 steps")
-    axes.plot(history.steps, history.losses, color="#7A3E9D", linewidth=1.5, label="held out")
+    axes.plot(steps, _smoothed(history.train_losses), color=INK, linewidth=1.5, label="train, smoothed")
+    axes.plot(history.steps, history.losses, color=HELD_OUT, linewidth=1.5, label="held out")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), frameon=False, borderaxespad=0, ncols=2)
 
 
@@ -114,7 +114,7 @@ def _draw_accuracy(axes: Axes, history: History) -> None:
     """Held-out accuracy, the last value written at its end."""
     axes.set_title("Held-out accuracy", loc="left", fontsize=11, fontweight="bold")
     percent = [100 * value for value in history.accuracies]
-    axes.plot(history.steps, percent, color="#7A3E9D", linewidth=1.5, marker="o", markersize=3)
+    axes.plot(history.steps, percent, color=HELD_OUT, linewidth=1.5, marker="o", markersize=3)
     bottom = max(0.0, min(94.0, float(np.quantile(percent, 0.15)) - 2))
     axes.set_ylim(bottom, 100.4)
     axes.yaxis.set_major_formatter("{x:g} %")
@@ -127,18 +127,18 @@ def _draw_accuracy(axes: Axes, history: History) -> None:
             textcoords="offset points",
             ha="center",
             fontsize=8.5,
-            color="#7A3E9D",
+            color=HELD_OUT,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 1},
         )
     axes.annotate(
         f"{percent[-1]:.1f} %",
         (history.steps[-1], percent[-1]),
-        xytext=(-4, -16),
+        xytext=(8, 0),
         textcoords="offset points",
-        ha="right",
+        va="center",
         fontweight="bold",
-        color="#7A3E9D",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 1.5},
+        color=HELD_OUT,
+        annotation_clip=False,
     )
 
 
@@ -154,6 +154,9 @@ def _below(steps: Sequence[int], values: Sequence[float], bottom: float) -> list
     return lowest
 
 
-def _running_median(values: Sequence[float], width: int = 15) -> np.ndarray:
-    padded = np.pad(np.asarray(values), (width - 1, 0), mode="edge")  # of the steps before: a jump shows where it is
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=-1)
+def _smoothed(values: Sequence[float], weight: float = 0.8) -> np.ndarray:
+    """A running geometric mean; each step before counts `weight` times as much as the next."""
+    logs = np.log(np.maximum(values, 1e-12))
+    for i in range(1, len(logs)):
+        logs[i] = weight * logs[i - 1] + (1 - weight) * logs[i]
+    return np.exp(logs)

@@ -4,6 +4,7 @@ See https://flax.readthedocs.io/en/latest/guides/model_surgery.html for what thi
 """
 
 from flax_surgery_hooks import config as config
+from flax_surgery_hooks import errors as errors
 from flax_surgery_hooks import metrics as metrics
 from flax_surgery_hooks import surgeries as surgeries
 from flax_surgery_hooks.config import register_surgery as register_surgery

@@ -65,26 +65,33 @@ def _mixed(lineage: Lineage) -> Tree:
     exactly, whatever J is; a mix gives a weighted mean of r and of r^2, and the second is the square of the first only
     if all sources drew the same r. (Signs would miss half of the mixes of two.)
     """
-    keys = jax.random.split(jax.random.key(20_240_229), DRAWS)
-    return {path: jnp.sum(flags) for path, flags in _any_draw(lineage, keys).items()}
+    flags = jax.lax.map(lambda salt: _differs(lineage, salt), jnp.arange(1, DRAWS + 1, dtype=jnp.uint32))
+    return {path: jnp.sum(jnp.any(flag, 0)) for path, flag in flags.items()}
 
 
-def _any_draw(lineage: Lineage, keys: jax.Array) -> Tree:
-    found = {path: jnp.zeros(leaf.shape, bool) for path, leaf in lineage.new.items()}
-    for draw in keys:
-        one_by_one = jax.random.split(draw, len(lineage.old))
-        powers = {
-            path: (1 << jax.random.randint(key, leaf.shape, 0, 16)).astype(leaf.dtype)
-            for key, (path, leaf) in zip(one_by_one, lineage.old.items(), strict=True)
-        }
-        first = lineage.push(powers)
-        second = lineage.push({path: power * power for path, power in powers.items()})
-        for path, coefficient in lineage.coefficient.items():
-            mean = safe_divide(first[path], coefficient)
-            differs = safe_divide(second[path], coefficient) != mean * mean
-            cancelled = (coefficient == 0) & (first[path] != 0)
-            found[path] |= differs | cancelled
+def _differs(lineage: Lineage, salt: jax.Array) -> Tree:
+    """Per new element, whether one draw of powers of two shows that it mixes."""
+    powers = {path: _powers(leaf, salt + jnp.uint32(97 * i)) for i, (path, leaf) in enumerate(lineage.old.items())}
+    first = lineage.push(powers)
+    second = lineage.push({path: power * power for path, power in powers.items()})
+    found = {}
+    for path, coefficient in lineage.coefficient.items():
+        mean = safe_divide(first[path], coefficient)
+        differs = safe_divide(second[path], coefficient) != mean * mean
+        cancelled = (coefficient == 0) & (first[path] != 0)
+        found[path] = differs | cancelled
     return found
+
+
+def _powers(leaf: jax.Array, salt: jax.Array) -> jax.Array:
+    """2^e per element, e in 0..15 by a hash of its index: a few integer operations, where a PRNG compiles for seconds."""
+    index = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    mixed = (index + jnp.uint32(1)) * jnp.uint32(2_654_435_761) ^ salt * jnp.uint32(2_246_822_519)
+    mixed = (mixed ^ mixed >> jnp.uint32(15)) * jnp.uint32(3_266_489_917)
+    exponent = (mixed ^ mixed >> jnp.uint32(13)) & jnp.uint32(15)
+    return (jnp.uint32(1) << exponent).astype(leaf.dtype)
 
 
 def _unequal(lineage: Lineage, name: str) -> Tree:

@@ -131,8 +131,7 @@ class Settler:
                 hook=first.hook,
                 step=first.step,
                 path=listed(first.paths),
-                found=f"{first.figures.get('params/nonfinite', 0):.0f} in params, "
-                f"{first.figures.get('slots/nonfinite', 0):.0f} in slots",
+                found=_where(first.figures),
                 write="an edit that is finite on these leaves, or on_error='skip'",
             )
 
@@ -147,6 +146,12 @@ class Settler:
             scalars = {f"surgery/{record.hook}/{name}": value for name, value in figures.items()}
             self._writer.write_scalars(_step(one), scalars | {f"surgery/{record.hook}/refused": float(not ok)})
         return record
+
+
+def _where(figures: dict[str, Any]) -> str | None:
+    if not figures:
+        return None
+    return f"{figures['params/nonfinite']:.0f} in params, {figures['slots/nonfinite']:.0f} in slots"
 
 
 def _step(one: Fired) -> int:

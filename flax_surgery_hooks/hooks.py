@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks import fires, rules
+from flax_surgery_hooks import checks, fires, rules
 from flax_surgery_hooks.errors import HookError, ScheduleError, StateError, StepError, located
 from flax_surgery_hooks.fires import Fired, Settler
 from flax_surgery_hooks.ledger import Ledger, Record
@@ -97,7 +97,7 @@ class SurgeryHooks:
         self.strict_steps = strict_steps
         self._settler = Settler(self.ledger, writer, on_error, settle_after)
         self._hooks: dict[str, Hook] = {}
-        self._programs: dict[str, dict[Operation, Programs]] = {}
+        self._programs: dict[str, dict[Hashable, Programs]] = {}
         self._unchecked: set[str] = set()
         self._counts: dict[tuple[str, int], int] = {}
         self._registered = 0
@@ -238,6 +238,7 @@ class SurgeryHooks:
         Returns:
           The edited state.
         """
+        _check_concrete(state)
         hook, step = self._get(name), _step_of(state) if step is None else _checked_step(step)
         self._check(hook, state, inputs)
         state, fired = self._fire(hook, state, step, inputs)
@@ -246,6 +247,7 @@ class SurgeryHooks:
 
     def preview(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Record:
         """The record that a fire would leave, with its figures; commits nothing. Arguments as for `fire`."""
+        _check_concrete(state)
         hook, step = self._get(name), _step_of(state) if step is None else _checked_step(step)
         self._check(hook, state, inputs)
         _, fired = self._fire(hook, state, step, inputs, commit=False)
@@ -265,6 +267,7 @@ class SurgeryHooks:
                 write="state = hooks(step, state)",
             )
         step = _checked_step(step)
+        _check_concrete(state)
         if self._started and step <= self._last:
             raise StepError(
                 "Steps go forward.",
@@ -354,9 +357,9 @@ class SurgeryHooks:
 
     def _compiled(self, hook: Hook, operation: Operation) -> Programs:
         by_static = self._programs[hook.name]
-        if (operation.static and operation not in by_static) or not by_static:
-            by_static[operation] = Programs(operation)
-        return by_static[operation] if operation.static else next(iter(by_static.values()))
+        if operation.static not in by_static:
+            by_static[operation.static] = Programs(operation)
+        return by_static[operation.static]
 
     def _record(self, fired: list[Fired]) -> None:
         for one in fired:
@@ -420,6 +423,16 @@ def _checked_step(step: Any) -> int:
         "`step` is a Python int of at least 0: what `state.step` holds.",
         found="a traced value (the call is inside jit)" if traced else f"{step!r} ({type(step).__name__})",
         write="a call outside of the jitted step" if traced else "a counter of your own: step += 1; hooks(step, state)",
+    )
+
+
+def _check_concrete(state: Any) -> None:
+    if checks.concrete(state):
+        return
+    raise StateError(
+        "Hooks edit a state that has values; this one is traced (the call is inside jit) or abstract.",
+        found=type(state).__name__,
+        write="a call outside of the jitted step, or fsh.operate, which works on both",
     )
 
 

@@ -106,8 +106,10 @@ def linearize(edit: TracedEdit, name: str = "the edit") -> Lineage:
       DifferentiationError: part of the edit has no forward derivative.
     """
     with jax.default_matmul_precision("highest"):
+        # Values apart from the derivative: sharing a quotient with it, XLA rounds `leaf / norm` otherwise than alone.
+        new = edit(edit.old)
         try:
-            new, push = jax.linearize(edit, edit.old)
+            _, push = jax.linearize(edit, lax.optimization_barrier(edit.old))
         except Exception as error:  # the edit itself was traced before: only its derivative can fail here
             raise not_differentiable(name, error) from error
         return Lineage(edit.old, new, push, push(ones_like(edit.old)), chunk_bits(edit.jaxpr.jaxpr))
@@ -225,12 +227,12 @@ def _evaluate(jaxpr: Any, consts: Any, args: list[Any], depends: list[bool]) -> 
         return (atom.val, False) if isinstance(atom, core.Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
-        values = _evaluate_equation(eqn, [read(atom) for atom in eqn.invars])
+        values = _evaluate_equation(jaxpr, eqn, [read(atom) for atom in eqn.invars])
         known.update(zip(eqn.outvars, values, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _evaluate_equation(eqn: Any, operands: list[Value]) -> list[Value]:
+def _evaluate_equation(jaxpr: Any, eqn: Any, operands: list[Value]) -> list[Value]:
     name = eqn.primitive.name
     values, depends = [value for value, _ in operands], [marked for _, marked in operands]
     if name in ("max", "min") and sum(depends) == 1:
@@ -239,13 +241,16 @@ def _evaluate_equation(eqn: Any, operands: list[Value]) -> list[Value]:
         inner = eqn.params["jaxpr"]
         return _evaluate(inner.jaxpr, inner.consts, values, depends)
     marked = any(depends) and name != "stop_gradient"
-    return [(value, marked) for value in _run_equation(eqn, values)]
+    return [(value, marked) for value in _run_equation(jaxpr, eqn, values)]
 
 
-def _run_equation(eqn: Any, values: list[Any]) -> list[Any]:
+def _run_equation(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
+    """Evaluates one equation as a jaxpr of its own, the public way to do so."""
     inputs = [core.Var(atom.aval) if isinstance(atom, core.Literal) else atom for atom in eqn.invars]
     unique = list(dict.fromkeys(inputs))
-    alone = core.Jaxpr((), unique, eqn.outvars, [eqn.replace(invars=inputs)], eqn.effects)
+    alone = jaxpr.replace(
+        constvars=(), invars=unique, outvars=eqn.outvars, eqns=[eqn.replace(invars=inputs)], effects=eqn.effects
+    )
     by_input = dict(zip(inputs, values, strict=True))
     return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*(by_input[atom] for atom in unique))
 

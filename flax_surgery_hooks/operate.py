@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_surgery_hooks import checks, rules
 from flax_surgery_hooks import operation as ops
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
-from flax_surgery_hooks import rules
 from flax_surgery_hooks.errors import InputError, RefusedError
 from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.operation import Fire, Operation, Unit
@@ -78,15 +78,15 @@ def operate(
         surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard
     )
     operation, traced_inputs = bind_inputs(operation, inputs or {})
-    if key is None and needs_key(operation):
+    if key is None and "key" in (*operation.edit.wants, *operation.edit.fold_wants):
         raise InputError(f"The surgery {operation.edit.name} draws random numbers.", write="key=jax.random.key(0)")
     step = getattr(state, "step", 0) if step is None else step
     plan = plan_units(operation, parts)
     arrays = [arrays_of(unit, parts) for unit in plan]
     given = (arrays, key, step, traced_inputs)
-    if _is_concrete(given):
+    if checks.concrete(given):
         fires = [ops.fire_for(unit, key, jnp.asarray(step, jnp.int32), traced_inputs) for unit in plan]
-        outcome = run(_programs(operation), plan, arrays, fires, may_reshape=_may_reshape(operation))
+        outcome = run(_programs(operation), plan, arrays, fires, may_reshape=True)
         if outcome.ok is not None and not bool(outcome.ok):
             raise RefusedError(
                 f"The surgery {operation.edit.name} made values that are not finite; the state is as it was.",
@@ -94,7 +94,7 @@ def operate(
                 write="an edit that is finite on these leaves, or guard='off'",
             )
     elif any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(given)):
-        outcome = jax.eval_shape(functools.partial(_run_traced, operation, plan), *given)
+        outcome = _run_abstractly(operation, plan, *given)
     else:
         outcome = _run_traced(operation, plan, *given)
     return commit(state, parts, plan, outcome), record_of(
@@ -173,13 +173,16 @@ def bind_inputs(operation: Operation, given: Mapping[str, Any]) -> tuple[Operati
     return (dataclasses.replace(operation, static=static) if static else operation), arrays
 
 
+_ARRAYS = jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic | int | float
+
+
 def _is_arrays(value: Any) -> bool:
     leaves = jax.tree.leaves(value)
-    return bool(leaves) and all(isinstance(x, jax.Array | np.ndarray | np.generic | int | float) for x in leaves)
+    return bool(leaves) and all(isinstance(x, _ARRAYS) for x in leaves)
 
 
 def needs_key(operation: Operation) -> bool:
-    """Whether anything in an operation must be given a key."""
+    """Whether anything in an operation takes a key."""
     functions = [operation.rules.default, *(rule for _, rule in operation.rules.by_kind)]
     return operation.edit.takes("key") or "key" in operation.edit.fold_wants or any(map(callable, functions))
 
@@ -190,13 +193,8 @@ def plan_units(operation: Operation, parts: Parts) -> list[Unit]:
     Raises:
       SelectionError, SlotError, StateError: as their names say.
     """
-    only_keeps = operation.rules.default == "keep" and not operation.rules.by_kind
-    slots = {} if only_keeps else slots_of(parts.tx, parts.opt_state, parts.params)
+    slots = {} if operation.rules.only_keeps else slots_of(parts.tx, parts.opt_state, parts.params)
     return ops.units(operation, parts.params, slots)
-
-
-def _may_reshape(operation: Operation) -> bool:
-    return not (operation.rules.default == "keep" and not operation.rules.by_kind)
 
 
 def arrays_of(unit: Unit, parts: Parts) -> Arrays:
@@ -265,6 +263,18 @@ def _run_traced(
     return Outcome(new, figures, ok, in_place)
 
 
+def _run_abstractly(operation: Operation, plan: Sequence[Unit], *given: Any) -> Outcome:
+    """`_run_traced` by `jax.eval_shape`, which would make an abstract array of `in_place` too."""
+    in_place: list[tuple[bool, ...]] = []
+
+    def arrays_only(*given: Any) -> Outcome:
+        outcome = _run_traced(operation, plan, *given)
+        in_place.append(outcome.in_place)
+        return outcome._replace(in_place=())
+
+    return jax.eval_shape(arrays_only, *given)._replace(in_place=in_place[0])
+
+
 def _examine_abstractly(operation: Operation, unit: Unit, arrays: Arrays, fire: Fire) -> bool:
     if not ops.follows(operation, unit):
         return False
@@ -284,10 +294,6 @@ def _stand_in(seed: int, leaf: Any) -> Any:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.ones(leaf.shape, leaf.dtype)
     return jax.random.normal(jax.random.key(seed), leaf.shape, leaf.dtype)
-
-
-def _is_concrete(tree: Any) -> bool:
-    return not any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
 def commit(state: Any, parts: Parts, plan: Sequence[Unit], outcome: Outcome) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_surgery_hooks import checks, lineage, transport
 from flax_surgery_hooks.errors import RuleError, SlotError, SurgeryFunctionError, UserCodeError, located, shorten
@@ -180,7 +181,10 @@ def _follow(operation: Operation, unit: Unit, edit: lineage.TracedEdit, fire: Fi
 
 
 def _fold_back(operation: Operation, derivative: lineage.Lineage, fire: Fire) -> Any:
-    ready = {"key": fire.key, "step": fire.step, **fire.inputs, **dict(operation.static)}
+    key = fire.key
+    if key is not None and not operation.edit.many:
+        key = jax.random.fold_in(key, fire.hashes[0])
+    ready = {"key": key, "step": fire.step, **fire.inputs, **dict(operation.static)}
 
     def fold(new: lineage.Tree) -> lineage.Tree:
         folded = call_fold_back(operation.edit, new, ready)
@@ -233,6 +237,7 @@ def perform(
     floats = how.lineage.new if how is not None else traced(traced.old)
     new = {**floats, **others}
     stored = tuple(like(new[path], old) for path, old in zip(unit.paths, params, strict=True))
+    _check_kept(operation, unit, params, stored)
     moved, fresh, used = _move_slots(operation, unit, how, params, stored, slots, fire, seeds)
     rule = "transport" if operation.rules.default == "transport" else "carry"
     without_history = {path: how.fresh(path, rule) for path in floats} if how is not None else {}
@@ -246,6 +251,20 @@ def perform(
         combine(measure(jnp.asarray(a), b, flags) for a, b, flags in zip(slots, moved, fresh, strict=True)),
         used,
     )
+
+
+def _check_kept(operation: Operation, unit: Unit, old: Sequence[Any], new: Sequence[jax.Array]) -> None:
+    """Where all slots are kept nothing is known of them, so that no leaf may change its shape."""
+    if not operation.rules.only_keeps:
+        return
+    for path, before, after in zip(unit.paths, old, new, strict=True):
+        if np.shape(before) != after.shape:
+            raise RuleError(
+                "Slots cannot be kept: the edit changes the leaf's shape.",
+                path=path,
+                found=f"{list(np.shape(before))} -> {list(after.shape)}",
+                write="opt_state='carry', 'transport' or 'reset'",
+            )
 
 
 def like(value: jax.Array, old: Any) -> jax.Array:
@@ -393,7 +412,10 @@ def examine(operation: Operation, unit: Unit, params: Sequence[Any], fire: Fire)
             fold = _fold_back(operation, derivative, fire_arrays)
         return checks.find(derivative, transports=transports, fold_back=fold, name=operation.edit.name)
 
-    findings = jax.device_get(jax.jit(find)(tuple(params), fire))
+    try:
+        findings = jax.device_get(jax.jit(find)(tuple(params), fire))
+    except TypeError as error:  # JAX sees only when it compiles a derivative that a `custom_vjp` has none
+        raise lineage.not_differentiable(operation.edit.name, error) from error
     with located(path=unit.paths[0] if len(unit.paths) == 1 else None):
         return checks.judge(
             findings,

@@ -218,7 +218,11 @@ def _own_path(unit: Unit) -> Iterator[None]:
 
 def _shapes_of(tree: Any) -> Hashable:
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((np.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
+    return treedef, tuple((np.shape(leaf), str(_dtype(leaf))) for leaf in leaves)
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 # Placement. Sort, gather and scatter raise on Explicit mesh axes, so edits run on the same devices under Auto ones.

@@ -51,6 +51,11 @@ class SlotRules:
         named = {self.default, *(rule for _, rule in self.by_kind)}
         return any(rule in named for rule in rules)
 
+    @property
+    def only_keeps(self) -> bool:
+        """Whether no slot of any kind changes."""
+        return self.default == "keep" and not self.by_kind
+
     def describe(self) -> str:
         """The rules as one line for ledgers and tables."""
         parts = [_rule_name(self.default), *(f"{kind}={_rule_name(rule)}" for kind, rule in self.by_kind)]

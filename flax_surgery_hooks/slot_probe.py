@@ -109,7 +109,7 @@ def _streams(tx: Any, params: Any) -> Callable[[Any], tuple[Any, Any]]:
             updates, state = transform.update(
                 grads, state, current, value=jnp.float32(1), grad=grads, value_fn=lambda _: jnp.float32(1)
             )
-            current = optax.apply_updates(current, updates)
+            current = jax.tree.map(lambda p, u: optax.apply_updates(p, u) if _is_float(p) else p, current, updates)
         return state
 
     return lambda factors: (_numbers(transform.init(params)), _numbers(jax.vmap(stream)(factors)))

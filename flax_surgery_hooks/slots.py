@@ -98,7 +98,7 @@ def slots_of(tx: Any, opt_state: Any, params: Leaves) -> dict[int, tuple[Slot, .
       SlotError: a state or field of unknown meaning, or one whose registered kind the probe contradicts.
       StateError: `opt_state` is not what `tx.init` makes for these parameters.
     """
-    shapes = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in map(as_abstract, params.values))
+    shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in map(as_abstract, params.values))
     items, treedef = jax.tree_util.tree_flatten_with_path(opt_state)
     slot_shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in (as_abstract(leaf) for _, leaf in items))
     return find_slots(tx, treedef, slot_shapes, params.treedef, params.keys, shapes)

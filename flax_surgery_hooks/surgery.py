@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
@@ -112,6 +113,12 @@ def as_edit(surgery: Any) -> Edit:
         )
     fold_back = getattr(surgery, "fold_back", None)
     fold_wants = () if fold_back is None else _parameters(fold_back, f"{name}.fold_back")[1]
+    if {"path", "memory"} & set(fold_wants):
+        raise SurgeryFunctionError(
+            f"The fold_back of {name} asks for `path` or `memory`; it is given leaves, `key`, `step` and inputs.",
+            found=f"({listed(fold_wants)})",
+            write="the form with `leaves`, whose keys are the paths",
+        )
     if first == "leaves" and "path" in wants + may_take:
         raise SurgeryFunctionError(
             f"The surgery {name} takes all leaves at once and asks for `path`.",
@@ -173,6 +180,8 @@ def describe(surgery: Any) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """`value` as JSON holds it; arrays and functions by what they are, not by content."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -229,7 +238,9 @@ def call(
     own = key
     if key is not None and path is not None and not edit.many:
         own = jax.random.fold_in(key, hashes[path])
-    ready = {"path": path, "key": own, "step": step, **inputs}
+    ready = {"path": path, "step": step, **inputs}
+    if own is not None:
+        ready["key"] = own
     named = {name: ready[name] for name in (*edit.wants, *edit.may_take) if name in ready}
     argument = dict(leaves) if edit.many else next(iter(leaves.values()))
     with located(path=path):

@@ -440,6 +440,18 @@ def test_one_mistake_is_one_problem(fields: dict[str, Any], expected: str):
     assert problem_of(**fields).startswith(expected)
 
 
+def test_advice_is_given_only_where_it_helps():
+    assert problem_of(at="x") == "surgery.prune.at: wants tuple[int, ...], found 'x' (str)"
+
+
+def test_a_bool_is_no_literal_int(registry: dict[str, type]):
+    registry["level"] = dataclasses.make_dataclass(
+        "Level", [("level", Literal[1, 2], 2)], frozen=True, namespace={"__call__": lambda self, kernel: kernel}
+    )
+    [problem] = problems_of({"x": {"surgery": "level", "params": "k", "every": 5, "level": True}})
+    assert problem == "surgery.x.level: wants one of 1, 2, found True (bool)"
+
+
 def test_the_same_mistake_in_a_disabled_hook_is_told():
     assert problem_of(every=0, enabled=False).startswith("surgery.prune.every: ")
 
@@ -595,6 +607,12 @@ def test_a_field_with_a_name_in_use_is_refused(field: str):
     with pytest.raises(ConfigError, match="names that hooks or ConfigDict already use") as caught:
         register_surgery("clash")(cls)
     assert caught.value.found == field
+
+
+def test_fields_that_no_config_holds_may_have_any_name_but_a_hooks_own(registry: dict[str, type]):
+    fields = [("values", Callable, None), ("made", int, dataclasses.field(default=0, init=False))]
+    register_surgery("fine")(dataclasses.make_dataclass("Fine", fields, frozen=True))
+    assert not {"values", "made"} & set(hook("fine"))
 
 
 def test_annotations_that_cannot_be_resolved_are_refused():

@@ -1,4 +1,5 @@
 import ast
+import copy
 import importlib.util
 import inspect
 import logging as std_logging
@@ -273,12 +274,12 @@ def test_images_come_back(tmp_path, channels):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
 def test_float_images_are_scaled_and_clipped(tmp_path, dtype):
-    image = np.array([0.0, 0.5, 1.0, -3.0, 2.0, 1e30, np.nan]).astype(dtype)[None, :, None]
+    image = np.array([0.0, 0.5, 0.999, 1.0, -3.0, 2.0, 1e30, np.nan]).astype(dtype)[None, :, None]
     writer = EventFileWriter(tmp_path)
     writer.write_images(0, {"mask": image})
     writer.close()
     [(_, read)] = event_files.read_images(tmp_path)["mask"]
-    assert read.ravel().tolist() == [0, 127, 255, 0, 255, 255, 0]
+    assert read.ravel().tolist() == [0, 127, 255, 255, 0, 255, 255, 0]
 
 
 def test_every_multiple_of_1_255_is_its_own_gray(tmp_path):
@@ -291,7 +292,7 @@ def test_every_multiple_of_1_255_is_its_own_gray(tmp_path):
 
 
 def test_audios_come_back(tmp_path):
-    sounds = np.array([[[0.0, 0.5], [-0.25, 1.0]], [[-1.0, 2.0], [2**-15, -5.0]]], np.float32)
+    sounds = np.array([[[0.0, 0.5], [-0.25, 1.0]], [[-1.0, 2.0], [0.7 * 2**-15, -5.0]]], np.float32)
     writer = EventFileWriter(tmp_path)
     writer.write_audios(3, {"hum": jnp.asarray(sounds)}, sample_rate=8000)
     writer.close()
@@ -718,28 +719,33 @@ def test_a_failing_call_makes_room_for_another():
     assert raised
 
 
-def test_what_was_handed_over_may_be_overwritten_at_once():
+@pytest.mark.parametrize("method", CALLS)
+def test_what_was_handed_over_may_be_overwritten_at_once(method):
     go_on = threading.Event()
     recorder = Recorder()
     inner = types.SimpleNamespace(**{name: getattr(recorder, name) for name in (*CALLS, "flush", "close")})
-    inner.write_texts = lambda step, texts: go_on.wait(30)
+    inner.flush = lambda: go_on.wait(30)
     writer = AsyncWriter(inner)
-    writer.write_texts(0, {})
-    array, arrays, buckets, hparams = np.ones(2), {}, {"w": 2}, {"model": {"width": 64}}
-    arrays["w"] = array
-    writer.write_histograms(1, arrays, buckets)
-    writer.write_summaries(2, arrays, buckets)
-    writer.write_hparams(hparams)
-    array[:] = 5.0
-    arrays["w"] = None
-    buckets["w"] = 9
-    hparams["model"]["width"] = 128
+    blocked = threading.Thread(target=writer.flush)
+    blocked.start()
+
+    args, kwargs = copy.deepcopy(CALLS[method])
+    if method == "write_hparams":
+        args = ({"model": {"width": 64}},)
+    getattr(writer, method)(*args, **kwargs)
+    for leaf in jax.tree.leaves(args):
+        if isinstance(leaf, np.ndarray):
+            leaf[...] = 77
+    for mapping in args:
+        if isinstance(mapping, dict):
+            for nested in [mapping, *mapping.values()]:
+                if isinstance(nested, dict):
+                    nested["new"] = nested.pop(next(iter(nested)))
     go_on.set()
+    blocked.join(30)
     writer.close()
-    args = [args for _, args, _ in recorder.calls[:-1]]
-    assert args[0][1]["w"].tolist() == args[1][1]["w"].tolist() == [1.0, 1.0]
-    assert args[0][2] == args[1][2] == {"w": 2}
-    assert args[2] == ({"model.width": 64},)
+    expected = (({"model.width": 64},), {}) if method == "write_hparams" else CALLS[method]
+    assert spelled_out(recorder.calls[:-1]) == spelled_out([(method, *expected)])
 
 
 def test_writing_after_an_asynchronous_close_is_an_error():
@@ -781,8 +787,9 @@ def test_the_default_writer_raises_at_once_only_without_a_thread(tmp_path):
         create_default_writer(tmp_path, asynchronous=False).write_scalars(*wrong)
     writer = create_default_writer(tmp_path)
     writer.write_scalars(*wrong)
-    with pytest.raises(WriterError, match="failed in the background"):
+    with pytest.raises(WriterError, match="failed in the background.*WriterError: .*must be one number") as caught:
         writer.flush()
+    assert (caught.value.step, caught.value.path) == (3, "loss")
 
 
 @pytest.mark.usefixtures("no_tensorflow")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -43,7 +43,7 @@ class Noise:
         return leaf + jax.lax.stop_gradient(self.std * scale * jax.random.normal(key, leaf.shape, leaf.dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays neither hash nor compare, so each instance is equal to itself alone
 class Assign:
     """Puts given values into leaves. All their elements are fresh.
 
@@ -54,7 +54,7 @@ class Assign:
     [0.0, 0.0]
     """
 
-    value: Any = field(hash=False)
+    value: Any
     preserves: ClassVar[str] = "nothing"
 
     def __call__(self, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
