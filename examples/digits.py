@@ -26,7 +26,6 @@ import rich.box
 import rich.console
 import rich.table
 import sklearn.datasets
-import sklearn.model_selection
 from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -52,10 +51,9 @@ def load_data() -> tuple[Split, Split]:
     digits = sklearn.datasets.load_digits()
     images = (digits.images / 16.0).astype(np.float32)[..., None]
     labels = digits.target.astype(np.int32)
-    a, b, c, d = sklearn.model_selection.train_test_split(
-        images, labels, test_size=360, stratify=labels, random_state=0
-    )
-    return Split(a, c), Split(b, d)
+    order = np.random.default_rng(0).permutation(len(labels))
+    train, test = order[360:], order[:360]
+    return Split(images[train], labels[train]), Split(images[test], labels[test])
 
 
 def batches(split: Split, batch_size: int, seed: int) -> Iterator[Split]:

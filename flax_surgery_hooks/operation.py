@@ -268,12 +268,12 @@ def _check_kept(operation: Operation, unit: Unit, old: Sequence[Any], new: Seque
 
 
 def like(value: jax.Array, old: Any) -> jax.Array:
-    """`value` in the dtype and weak type of `old`."""
+    """`value` in the dtype and weak type of `old`; a leaf that turned from weak to strong would retrace the train step."""
     value = value.astype(jnp.result_type(old)) if hasattr(old, "dtype") else value
-    weak = getattr(old, "weak_type", False)
-    if weak and jnp.dtype(value.dtype) == jnp.result_type(float):
-        return jax.lax.convert_element_type(value, float)
-    return value
+    if not getattr(old, "weak_type", False):
+        return value
+    # The primitive itself: `lax.convert_element_type` cannot make a strong array weak.
+    return jax.lax.convert_element_type_p.bind(value, new_dtype=value.dtype, weak_type=True, sharding=None)
 
 
 def _move_slots(

@@ -320,8 +320,6 @@ class AsyncWriter:
         try:
             getattr(self._writer, method)(*args, **kwargs)
         except Exception as error:
-            # Logged too, since there may be no later call.
-            logging.exception("%s failed in the background.", method)
             wrapped = WriterError(
                 f"{method} failed in the background.",
                 found=f"{type(error).__name__}: {error}".rstrip("."),
@@ -331,6 +329,8 @@ class AsyncWriter:
             )
             wrapped.__cause__ = error
             self._errors.append(wrapped)
+            # Logged too, since there may be no later call.
+            logging.exception("%s failed in the background.", method)
 
     def _take_errors(self) -> list[Exception]:
         # As many as there are now: the thread may append meanwhile.

@@ -21,7 +21,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-one_worker = pytest.mark.xdist_group("digits")  # tests that share a run
 HEAD_NORM_STEPS = [200, 400, 600]
 
 
@@ -61,83 +60,77 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
     return workdir, result.stdout
 
 
-@one_worker
-def test_ledger_holds_every_fire_with_its_figures(done):
-    workdir, _ = done
-    records = read_ledger(workdir)
-    assert records[0]["event"] == "run"
-    for event in ("fired", "settled"):
-        assert steps_of(workdir, "head_norm", event) == HEAD_NORM_STEPS
-        assert steps_of(workdir, "reinit", event) == [300]
-        assert steps_of(workdir, "drop_small", event) == [500]
-    fired = {record["id"]: record for record in records if record["event"] == "fired"}
-    settled = {record["id"]: record for record in records if record["event"] == "settled"}
-    assert fired.keys() == settled.keys()
-    for record in settled.values():
-        assert 0 < record["figures"]["params/relative_change"] < np.inf
-        assert record["figures"]["params/nonfinite"] == 0
-    [reinit] = [record for record in fired.values() if record["hook"] == "reinit"]
-    assert reinit["paths"] == ["Dense_0/bias", "Dense_0/kernel"]
-    [drop] = [record for record in settled.values() if record["hook"] == "drop_small"]
-    assert drop["figures"]["params/sparsity"] > 0.05
-    norms = [r["figures"]["params/norm_after"] for r in settled.values() if r["hook"] == "head_norm"]
-    np.testing.assert_allclose(norms, 1.0, rtol=1e-5)
+class TestArtefacts:
+    """What one finished run leaves; a class, so that pytest-xdist keeps its tests on the worker that ran it."""
 
+    def test_ledger_holds_every_fire_with_its_figures(self, done):
+        workdir, _ = done
+        records = read_ledger(workdir)
+        assert records[0]["event"] == "run"
+        for event in ("fired", "settled"):
+            assert steps_of(workdir, "head_norm", event) == HEAD_NORM_STEPS
+            assert steps_of(workdir, "reinit", event) == [300]
+            assert steps_of(workdir, "drop_small", event) == [500]
+        fired = {record["id"]: record for record in records if record["event"] == "fired"}
+        settled = {record["id"]: record for record in records if record["event"] == "settled"}
+        assert fired.keys() == settled.keys()
+        for record in settled.values():
+            assert 0 < record["figures"]["params/relative_change"] < np.inf
+            assert record["figures"]["params/nonfinite"] == 0
+        [reinit] = [record for record in fired.values() if record["hook"] == "reinit"]
+        assert reinit["paths"] == ["Dense_0/bias", "Dense_0/kernel"]
+        [drop] = [record for record in settled.values() if record["hook"] == "drop_small"]
+        assert drop["figures"]["params/sparsity"] > 0.05
+        norms = [r["figures"]["params/norm_after"] for r in settled.values() if r["hook"] == "head_norm"]
+        np.testing.assert_allclose(norms, 1.0, rtol=1e-5)
 
-@one_worker
-def test_every_fire_has_its_line_and_its_row(done):
-    _, printed = done
-    number = r"\d+\.\d{3}"
-    line = re.compile(rf"step +(\d+) +(\w+) +(\d+) lea(?:f|ves) +params {number} +optimizer {number} +\d+ ms")
-    lines = [match.groups() for match in map(line.fullmatch, printed.splitlines()) if match]
-    expected = [(str(step), "head_norm", "1") for step in HEAD_NORM_STEPS]
-    expected += [("300", "reinit", "2"), ("500", "drop_small", "2")]
-    assert sorted(lines) == sorted(expected)
-    table = printed[printed.index("Surgeries of this run") :]
-    rows = re.findall(rf"^ +(\d+) +(\w+) +(\d+) lea(?:f|ves) +{number} +{number} +\d+ ms *$", table, re.MULTILINE)
-    assert sorted(rows) == sorted(expected)
+    def test_every_fire_has_its_line_and_its_row(self, done):
+        _, printed = done
+        number = r"\d+\.\d{3}"
+        line = re.compile(rf"step +(\d+) +(\w+) +(\d+) lea(?:f|ves) +params {number} +optimizer {number} +\d+ ms")
+        lines = [match.groups() for match in map(line.fullmatch, printed.splitlines()) if match]
+        expected = [(str(step), "head_norm", "1") for step in HEAD_NORM_STEPS]
+        expected += [("300", "reinit", "2"), ("500", "drop_small", "2")]
+        assert sorted(lines) == sorted(expected)
+        table = printed[printed.index("Surgeries of this run") :]
+        rows = re.findall(rf"^ +(\d+) +(\w+) +(\d+) lea(?:f|ves) +{number} +{number} +\d+ ms *$", table, re.MULTILINE)
+        assert sorted(rows) == sorted(expected)
 
+    def test_metrics_hold_the_figures_and_the_accuracy(self, done):
+        workdir, printed = done
+        scalars = event_files.read_scalars(workdir)
+        for hook, steps in {"head_norm": HEAD_NORM_STEPS, "reinit": [300], "drop_small": [500]}.items():
+            assert [step for step, _ in scalars[f"surgery/{hook}/params/relative_change"]] == steps
+            assert [step for step, _ in scalars[f"surgery/{hook}/slots/relative_change"]] == steps
+        accuracies = dict(scalars["test/accuracy"])
+        assert list(accuracies) == list(range(25, 751, 25))
+        assert accuracies[750] >= 0.97
+        assert f"Held-out accuracy {accuracies[750]:.1%} after 750 steps" in printed
 
-@one_worker
-def test_metrics_hold_the_figures_and_the_accuracy(done):
-    workdir, printed = done
-    scalars = event_files.read_scalars(workdir)
-    for hook, steps in {"head_norm": HEAD_NORM_STEPS, "reinit": [300], "drop_small": [500]}.items():
-        assert [step for step, _ in scalars[f"surgery/{hook}/params/relative_change"]] == steps
-        assert [step for step, _ in scalars[f"surgery/{hook}/slots/relative_change"]] == steps
-    accuracies = dict(scalars["test/accuracy"])
-    assert list(accuracies) == list(range(25, 751, 25))
-    assert accuracies[750] >= 0.97
-    assert f"Held-out accuracy {accuracies[750]:.1%} after 750 steps" in printed
+    def test_checkpoint_restores_to_the_accuracy_of_the_run(self, done, digits):
+        workdir, _ = done
+        config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("fast")
+        state = digits.create_state(config)
+        template = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+        with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+            assert manager.latest_step() == 750
+            restored = manager.restore(750, args=ocp.args.StandardRestore(template))
+        assert int(restored["step"]) == 750
+        assert jax.tree.structure(restored) == jax.tree.structure(template)
+        step, recorded = event_files.read_scalars(workdir)["test/accuracy"][-1]
+        assert step == 750
+        _, accuracy = digits.evaluate(state.replace(**restored), digits.load_data()[1])
+        assert float(accuracy) == pytest.approx(recorded, abs=1e-6)
 
-
-@one_worker
-def test_checkpoint_restores_to_the_accuracy_of_the_run(done, digits):
-    workdir, _ = done
-    config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("fast")
-    state = digits.create_state(config)
-    template = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        assert manager.latest_step() == 750
-        restored = manager.restore(750, args=ocp.args.StandardRestore(template))
-    assert int(restored["step"]) == 750
-    assert jax.tree.structure(restored) == jax.tree.structure(template)
-    step, recorded = event_files.read_scalars(workdir)["test/accuracy"][-1]
-    assert step == 750
-    _, accuracy = digits.evaluate(state.replace(**restored), digits.load_data()[1])
-    assert float(accuracy) == pytest.approx(recorded, abs=1e-6)
-
-
-@one_worker
-def test_picture_shows_each_hook_in_its_colour(done, digits):
-    workdir, _ = done
-    picture = matplotlib.image.imread(workdir / "digits.png")[..., :3]
-    assert picture.shape[0] > 900
-    assert picture.shape[1] > 1200
-    pixels = (picture * 255).round().astype(int).reshape(-1, 3)
-    for colour in digits.plots.COLOURS[:3]:
-        wanted = (np.array(matplotlib.colors.to_rgb(colour)) * 255).round().astype(int)
-        assert (pixels == wanted).all(-1).sum() > 100, colour
+    def test_picture_shows_each_hook_in_its_colour(self, done, digits):
+        workdir, _ = done
+        picture = matplotlib.image.imread(workdir / "digits.png")[..., :3]
+        assert picture.shape[0] > 900
+        assert picture.shape[1] > 1200
+        pixels = (picture * 255).round().astype(int).reshape(-1, 3)
+        for colour in digits.plots.COLOURS[:3]:
+            wanted = (np.array(matplotlib.colors.to_rgb(colour)) * 255).round().astype(int)
+            assert (pixels == wanted).all(-1).sum() > 100, colour
 
 
 def test_config_fields_are_overridden_from_the_shell(tmp_path):

@@ -655,9 +655,9 @@ def test_an_error_in_the_background_is_raised_by_the_next_call(method, log):
     writer = AsyncWriter(recorder)
     args, kwargs = CALLS[method]
     getattr(writer, method)(*args, **kwargs)
-    while not log:
+    deadline = time.monotonic() + 30
+    while not log and time.monotonic() < deadline:
         time.sleep(0.001)
-    time.sleep(0.01)
     following = next(name for name in CALLS if name != method)
     with pytest.raises(WriterError, match=f"{method} failed in the background.*no room") as caught:
         getattr(writer, following)(*CALLS[following][0])
@@ -721,13 +721,14 @@ def test_a_failing_call_makes_room_for_another():
 
 @pytest.mark.parametrize("method", CALLS)
 def test_what_was_handed_over_may_be_overwritten_at_once(method):
-    go_on = threading.Event()
+    started, go_on = threading.Event(), threading.Event()
     recorder = Recorder()
     inner = types.SimpleNamespace(**{name: getattr(recorder, name) for name in (*CALLS, "flush", "close")})
-    inner.flush = lambda: go_on.wait(30)
+    inner.flush = lambda: started.set() or go_on.wait(30)
     writer = AsyncWriter(inner)
     blocked = threading.Thread(target=writer.flush)
     blocked.start()
+    assert started.wait(30)
 
     args, kwargs = copy.deepcopy(CALLS[method])
     if method == "write_hparams":
@@ -787,7 +788,7 @@ def test_the_default_writer_raises_at_once_only_without_a_thread(tmp_path):
         create_default_writer(tmp_path, asynchronous=False).write_scalars(*wrong)
     writer = create_default_writer(tmp_path)
     writer.write_scalars(*wrong)
-    with pytest.raises(WriterError, match="failed in the background.*WriterError: .*must be one number") as caught:
+    with pytest.raises(WriterError, match=r"failed in the background.*WriterError: .*must be one number") as caught:
         writer.flush()
     assert (caught.value.step, caught.value.path) == (3, "loss")
 
