@@ -84,7 +84,7 @@ def _differs(lineage: Lineage, salt: jax.Array) -> Tree:
 
 
 def _powers(leaf: jax.Array, salt: jax.Array) -> jax.Array:
-    """2^e per element, e in 0..15 by a hash of its index: a few integer operations, where a PRNG compiles for seconds."""
+    """2^e per element, e in 0..15 by a hash of its index: a few integer operations; a PRNG compiles for seconds."""
     index = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)

@@ -112,6 +112,12 @@ class Settler:
         self._ledger.write(record)
         self._waiting.append(Fired(record, one.figures, one.ok))
 
+    def flush(self) -> None:
+        """Settles everything and flushes the writer."""
+        self.settle(float("inf"))
+        if self._writer is not None:
+            self._writer.flush()
+
     def settle(self, step: float) -> None:
         """Reads the figures of the fires that have waited long enough at this step.
 
@@ -121,8 +127,6 @@ class Settler:
         ripe = [one for one in self._waiting if _step(one) + self._after <= step]
         self._waiting = [one for one in self._waiting if _step(one) + self._after > step]
         refused = [record for record in map(self._settled, ripe) if record.event == "refused"]
-        if ripe and step == float("inf") and self._writer is not None:
-            self._writer.flush()
         if refused and self._on_error == "raise":
             first = refused[0]
             raise RefusedError(
@@ -162,8 +166,15 @@ def _step(one: Fired) -> int:
 def versions_json(seed: int) -> str:
     """Versions of what computes, and the seed, as JSON."""
     names = ("flax_surgery_hooks", "jax", "jaxlib", "flax", "optax", "clu")
-    versions = {name: importlib.metadata.version(name) for name in names}
+    versions = {name: _version(name) for name in names}
     return json.dumps({"seed": seed, "versions": versions, "backend": jax.default_backend()})
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # on the path, but not installed
+        return "unknown"
 
 
 def warn_missed(ledger: Ledger, hook: str, missed: tuple[int, ...], step: int) -> None:

@@ -255,7 +255,7 @@ class SurgeryHooks:
 
     def flush(self) -> None:
         """Reads the figures of all fires now, which waits for the device, and flushes the writer."""
-        self._settler.settle(NEVER)
+        self._settler.flush()
         self._rewake()
 
     def _attend(self, step: Any, state: Any, inputs: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import flax.struct
 
@@ -82,7 +82,7 @@ def _finite(value: Any) -> float | None:
 
 
 class Ledger:
-    """Records in order, in memory and, if a path is given, as JSON lines in a file that is flushed after each.
+    """Records in order, in memory and, if a path is given, as JSON lines in a file that is closed after each.
 
     Args:
       path: file to append to; its directory is made. None keeps the records in memory only.
@@ -101,7 +101,8 @@ class Ledger:
         self.path = None if path is None else pathlib.Path(path)
         self.records: list[Record] = []
         self._on_record = on_record
-        self._file = None if self.path is None else _open(self.path)
+        if self.path is not None:
+            _append(self.path, "")
 
     def write(self, record: Record) -> None:
         """Appends a record.
@@ -112,32 +113,21 @@ class Ledger:
         if not record.time:
             record = record.replace(time=time.time())  # type: ignore[attr-defined]  # added by flax.struct
         self.records.append(record)
-        if self._file is not None:
-            try:
-                self._file.write(record.to_json() + "\n")
-                self._file.flush()
-            except (OSError, ValueError) as error:
-                raise _unwritable(self.path, error) from error
+        if self.path is not None:
+            _append(self.path, record.to_json() + "\n")
         if self._on_record is not None:
             self._on_record(record)
 
-    def close(self) -> None:
-        """Closes the file; records written later fail."""
-        if self._file is not None:
-            self._file.close()
 
-
-def _open(path: pathlib.Path) -> IO[str]:
+def _append(path: pathlib.Path, text: str) -> None:
+    """Adds to the file, which is closed again: fires are rare, and so nothing is left to lose or to leak."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a", encoding="utf-8")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: pathlib.Path | None, error: Exception) -> LedgerError:
-    return LedgerError(
-        f"The ledger cannot be written: {shorten(error)}",
-        path=str(path),
-        write="ledger=<a file in a writable directory>",
-    )
+        raise LedgerError(
+            f"The ledger cannot be written: {shorten(error)}",
+            path=str(path),
+            write="ledger=<a file in a writable directory>",
+        ) from error

@@ -268,7 +268,8 @@ def _check_kept(operation: Operation, unit: Unit, old: Sequence[Any], new: Seque
 
 
 def like(value: jax.Array, old: Any) -> jax.Array:
-    """`value` in the dtype and weak type of `old`; a leaf that turned from weak to strong would retrace the train step."""
+    """`value` in the dtype and weak type of `old`; from weak to strong would retrace the train step."""
+    value = jnp.asarray(value)  # a constant may come as a number
     value = value.astype(jnp.result_type(old)) if hasattr(old, "dtype") else value
     if not getattr(old, "weak_type", False):
         return value

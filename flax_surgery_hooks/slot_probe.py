@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from flax_surgery_hooks.errors import SlotError, shorten
+from flax_surgery_hooks.paths import KeyPath
 
 STEPS = 3
 SCALE = 4.0
@@ -30,56 +31,72 @@ class Verdict(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """Results for all leaves of an optimizer state, in tree order.
+    """Results for the leaves of an optimizer state, by their key path; those of parameters left out are missing.
 
     Attributes:
-      treedef: structure of `tx.init(params)`.
-      verdicts: one per leaf.
-      init: the constant that `tx.init` fills the leaf with, or None.
+      verdicts: what each leaf holds.
+      init: the constant that `tx.init` fills it with, or None.
     """
 
-    treedef: Any
-    verdicts: tuple[Verdict, ...]
-    init: tuple[float | None, ...]
+    verdicts: dict[KeyPath, Verdict]
+    init: dict[KeyPath, float | None]
 
 
+Shapes = tuple[tuple[tuple[int, ...], Any], ...]
 KIND_OF = {(1, -1): "grad", (2, 1): "grad_sq", (1, 1): "grad_abs", (0, -1): "update", (0, 1): "invariant"}
 
 
-def probe(tx: Any, params_treedef: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> Probed:
+def small(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that stands for a parameter's in the probe."""
+    return tuple(min(size, 2) for size in shape)
+
+
+def probe(tx: Any, params_treedef: Any, shapes: Shapes, chosen: tuple[int, ...]) -> Probed:
     """Runs the optimizer on parameters of the same structure with dimensions of at most 2.
 
     One half of the leaves is scaled while the other dominates, then the other way round, so that a clip by the global
-    norm acts alike on all streams.
+    norm acts alike on all streams. It runs operation by operation: to compile it once would take far longer.
+
+    Args:
+      tx: the optimizer.
+      params_treedef: structure of the parameters.
+      shapes: shape and dtype of each parameter.
+      chosen: the parameters to run it on; holes stand for the others, unless the optimizer cannot bear holes.
 
     Raises:
       SlotError: the optimizer cannot be run like that.
     """
-    with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        params = jax.tree.unflatten(params_treedef, [_tiny(i, *shape) for i, shape in enumerate(shapes)])
-        scaled = [[i % 2 == half or len(shapes) == 1 for i in range(len(shapes))] for half in (0, 1)]
-        factors = np.array([[_factors(chosen, to) for to in (1.0, SCALE, -1.0)] for chosen in scaled], np.float32)
-        try:
-            first, last = jax.jit(_streams(tx, params))(factors.reshape(6, len(shapes)))
-            treedef = jax.tree.structure(jax.eval_shape(tx.init, params))
-        except Exception as error:
+    try:
+        return _probe(tx, params_treedef, shapes, chosen)
+    except Exception as error:
+        if len(chosen) == len(shapes):
             raise SlotError(
                 f"The optimizer could not be probed: {type(error).__name__}: {shorten(error, 200)}",
                 write="opt_state='keep', or an optimizer whose update(updates, state, params) runs on any shapes",
             ) from error
-        first, last = jax.device_get((first, last))
+    return probe(tx, params_treedef, shapes, tuple(range(len(shapes))))
+
+
+def _probe(tx: Any, params_treedef: Any, shapes: Shapes, chosen: tuple[int, ...]) -> Probed:
+    with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        leaves = [_tiny(i, *shape) if i in set(chosen) else optax.MaskedNode() for i, shape in enumerate(shapes)]
+        params = jax.tree.unflatten(params_treedef, leaves)
+        scaled = [[i % 2 == half or len(chosen) == 1 for i in range(len(chosen))] for half in (0, 1)]
+        factors = np.array([[_factors(each, to) for to in (1.0, SCALE, -1.0)] for each in scaled], np.float32)
+        first, last = _streams(tx, params)(jnp.asarray(factors.reshape(6, len(chosen))))
+        items = jax.tree_util.tree_flatten_with_path(jax.eval_shape(tx.init, params))[0]
         originals = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params) if _is_float(leaf)]
-    verdicts = tuple(_judge(a, b, originals) for a, b in zip(first, last, strict=True))
-    return Probed(treedef, verdicts, tuple(_constant(leaf) for leaf in first))
+        verdicts = [_judge(a, b, originals) for a, b in zip(first, last, strict=True)]
+        keys = [path for path, _ in items]
+        return Probed(dict(zip(keys, verdicts, strict=True)), dict(zip(keys, map(_constant, first), strict=True)))
 
 
 def _tiny(place: int, shape: tuple[int, ...], dtype: Any) -> Any:
-    small = tuple(min(size, 2) for size in shape)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.random.split(jax.random.key(0), small) if small else jax.random.key(0)
+        return jax.random.split(jax.random.key(0), small(shape)) if shape else jax.random.key(0)
     if not jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.zeros(small, dtype)
-    values = 1.1 + np.random.default_rng(place).random(small)  # never 1 or 0, which `tx.init` writes too
+        return jnp.zeros(small(shape), dtype)
+    values = 1.1 + np.random.default_rng(place).random(small(shape))  # never 1 or 0, which `tx.init` writes too
     return jnp.asarray(values, dtype)
 
 

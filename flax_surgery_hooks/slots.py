@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from flax_surgery_hooks import slot_probe
-from flax_surgery_hooks.errors import SlotError, StateError
+from flax_surgery_hooks.errors import SlotError, StateError, shorten
 from flax_surgery_hooks.paths import KeyPath, Leaves
 from flax_surgery_hooks.rules import KINDS, check_choice
 
@@ -125,32 +125,87 @@ def find_slots(
     fields = list(_fields(opt_state, param_keys))
     if not fields:
         return {}
-    probed = slot_probe.probe(tx, params_treedef, param_shapes)
-    if probed.treedef != opt_treedef:
+    if jax.tree.structure(_initial(tx, params_treedef, param_shapes)) != opt_treedef:
         raise StateError(
             "The optimizer state is not what `tx.init` makes for these parameters.",
             found=str(opt_treedef),
             write="state.replace(opt_state=tx.init(params)) with the very `tx` of the state",
         )
-    by_keys = {keys: place for place, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(opt_state)[0])}
+    places = list(_places(opt_state, fields, param_keys))
+    places = [place for place in places if jnp.issubdtype(param_shapes[place.owner][1], jnp.inexact)]
+    stands_for = _representatives(places, param_shapes)
+    probed = slot_probe.probe(tx, params_treedef, param_shapes, tuple(sorted(set(stands_for.values()))))
     found: dict[int, list[Slot]] = {}
-    for field in fields:
-        for keys, place in by_keys.items():
-            if keys[: len(field.keys)] != field.keys:
-                continue
-            owner = _owner(keys[len(field.keys) :], param_keys)
-            if owner is None or not jnp.issubdtype(param_shapes[owner][1], jnp.inexact):
-                continue
-            kind = _kind(field, probed.verdicts[place])
-            layout = "".join(map(str, keys[len(field.keys) + len(param_keys[owner]) :]))
-            group = jax.tree_util.keystr(field.keys) + layout
-            found.setdefault(owner, []).append(Slot(place, owner, kind, field.name, group, probed.init[place]))
+    for place in places:
+        keys = (*place.field.keys, *param_keys[stands_for[place.owner]], *place.layout)
+        kind = _kind(place.field, probed.verdicts[keys])
+        slot = Slot(place.place, place.owner, kind, place.field.name, place.group, probed.init[keys])
+        found.setdefault(place.owner, []).append(slot)
     return {owner: tuple(slots) for owner, slots in found.items()}
 
 
-def _owner(rest: KeyPath, param_keys: tuple[KeyPath, ...]) -> int | None:
+class _Place(NamedTuple):
+    """Where a slot lies: among the leaves of `opt_state`, of which parameter, and what of its path lies below that."""
+
+    place: int
+    owner: int
+    field: _Field
+    layout: KeyPath
+
+    @property
+    def group(self) -> str:
+        return jax.tree_util.keystr(self.field.keys) + "".join(map(str, self.layout))
+
+
+def _places(opt_state: Any, fields: list[_Field], param_keys: tuple[KeyPath, ...]) -> Iterator[_Place]:
+    owners = _by_keys(param_keys)
+    by_root = {field.keys: field for field in fields}
+    for index, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(opt_state)[0]):
+        field = next((by_root[keys[:n]] for n in range(len(keys) + 1) if keys[:n] in by_root), None)
+        if field is None:
+            continue
+        rest = keys[len(field.keys) :]
+        owner = _owner(rest, owners)
+        if owner is not None:
+            yield _Place(index, owner, field, rest[len(param_keys[owner]) :])
+
+
+def _representatives(places: list[_Place], shapes: slot_probe.Shapes) -> dict[int, int]:
+    """For each parameter one that stands for it in the probe: alike in rank, dtype and slots.
+
+    Two of each sort take part, so that one is not alone when a global norm is taken.
+    """
+    groups: dict[int, list[str]] = {}
+    for place in places:
+        groups.setdefault(place.owner, []).append(place.group)
+    sorts: dict[Any, list[int]] = {}
+    stands_for = {}
+    for owner, slots in groups.items():
+        alike = sorts.setdefault((slot_probe.small(shapes[owner][0]), shapes[owner][1], tuple(slots)), [])
+        if len(alike) < 2:
+            alike.append(owner)
+        stands_for[owner] = alike[-1]
+    return stands_for
+
+
+def _initial(tx: Any, params_treedef: Any, shapes: slot_probe.Shapes) -> Any:
+    params = jax.tree.unflatten(params_treedef, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    try:
+        return jax.eval_shape(tx.init, params)
+    except Exception as error:
+        raise StateError(
+            f"`tx.init` fails on the parameters of the state: {type(error).__name__}: {shorten(error, 200)}",
+            write="the very `tx` of the state",
+        ) from error
+
+
+def _by_keys(param_keys: tuple[KeyPath, ...]) -> dict[KeyPath, int]:
+    return {keys: owner for owner, keys in enumerate(param_keys)}
+
+
+def _owner(rest: KeyPath, owners: dict[KeyPath, int]) -> int | None:
     """The parameter whose whole key path `rest` begins with."""
-    return next((place for place, keys in enumerate(param_keys) if rest[: len(keys)] == keys), None)
+    return next((owners[rest[:n]] for n in range(len(rest) + 1) if rest[:n] in owners), None)
 
 
 def _kind(field: _Field, verdict: slot_probe.Verdict) -> str:
@@ -226,13 +281,14 @@ def _mirrors(node: Any, state: type, field: str, param_keys: tuple[KeyPath, ...]
     items = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: _is_hole(x) or _is_state(x))[0]
     if any(_is_state(leaf) for _, leaf in items):
         return False
-    owners = [_owner(keys, param_keys) for keys, leaf in items if not _is_hole(leaf)]
+    places = _by_keys(param_keys)
+    owners = [_owner(keys, places) for keys, leaf in items if not _is_hole(leaf)]
     if None in owners or not owners:
         return False
-    holes = [keys for keys, leaf in items if _is_hole(leaf)]
+    holes = {keys for keys, leaf in items if _is_hole(leaf)}
     covered = set(owners)
     return all(
-        place in covered or any(keys[: len(hole)] == hole for hole in holes) for place, keys in enumerate(param_keys)
+        place in covered or any(keys[:n] in holes for n in range(len(keys) + 1)) for keys, place in places.items()
     )
 
 

@@ -65,7 +65,7 @@ def rescale_pair(leaves):
 
 
 def jitter(w, key):
-    return w + jax.lax.stop_gradient(jax.random.normal(key, w.shape))
+    return w + jax.lax.stop_gradient(jax.random.uniform(key, w.shape))  # bits alone, which all compilers round alike
 
 
 def negate_rows(slot, *, kind, path, old, new, key):
@@ -73,11 +73,11 @@ def negate_rows(slot, *, kind, path, old, new, key):
 
 
 WAYS = {
-    "scale": (lambda w: w * 0.5, {"params": "**"}),
-    "transport": (lambda w: w * 0.5, {"params": "dense/*", "opt_state": "transport"}),
+    "scale": (lambda w: w * 0.5, {"params": ["twin", "**/bias"]}),
+    "transport": (lambda w: w * 0.5, {"params": "twin", "opt_state": "transport"}),
     "normalize": (fsh.surgeries.Normalize(), {"params": "**/kernel"}),
     "mixes": (lambda w: w / jnp.linalg.norm(w), {"params": "twin"}),
-    "draws": (jitter, {"params": "dense/*"}),
+    "draws": (jitter, {"params": "twin"}),
     "steps": (lambda w, step, by: w * step + by, {"params": "twin", "inputs": {"by": 2.0}}),
     "masks": (masked, {"params": "twin"}),
     "swap": (swap, {"params": ["twin", "**/kernel"]}),
@@ -86,8 +86,8 @@ WAYS = {
     "keep": (lambda w: w * 2, {"params": "twin", "opt_state": "keep"}),
     "reset": (lambda w: w * 2, {"params": "twin", "opt_state": "reset"}),
     "by_kind": (lambda w: w * 2, {"params": "twin", "opt_state": {"grad": negate_rows, "grad_sq": "transport"}}),
-    "off": (lambda w: w / 0, {"params": "twin", "guard": "off"}),
-    "refused": (lambda w: jnp.where(w > 0, w, jnp.nan), {"params": "**"}),
+    "off": (lambda w: jnp.where(w > 0, w, jnp.nan), {"params": "twin", "guard": "off"}),
+    "refused": (lambda w: jnp.where(w > 1, jnp.nan, w * 2), {"params": ["twin", "**/bias"]}),
 }
 
 

@@ -1,0 +1,294 @@
+"""Measures what the rules for optimizer slots do to a training run, for docs/rules.md.
+
+    python docs/measure_rules.py
+
+It writes docs/rules.json, docs/images/rules.png and the tables of docs/rules.md. Data, network and optimizer are those
+of examples/digits.py; a plain network under plain Adam is measured beside it. Needs the `examples` extra.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import pathlib
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from tqdm import tqdm
+
+import flax_surgery_hooks as fsh
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "docs")]
+digits: Any = importlib.import_module("digits")
+report: Any = importlib.import_module("rules_report")
+
+RULES = ("carry", "keep", "transport", "reset")
+NO_EDIT = "no edit"
+FRESH = ("mean", "init")
+PLAIN_ADAM = 1e-3  # its learning rate
+B1, B2, EPS = 0.9, 0.999, 1e-8  # Adam's defaults, which all runs use
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When what is done, in train steps applied so far.
+
+    Attributes:
+      num_steps: length of a run.
+      every: the kernel is normalised at every multiple of this before the end.
+      reinit_at: when a layer starts anew, in the digits run and under plain Adam.
+      window: over how many steps figures are taken.
+      tail: how many steps follow a re-initialisation.
+      seeds: how often everything is run.
+    """
+
+    num_steps: int = 1_500
+    every: int = 200
+    reinit_at: tuple[int, int] = (700, 1_000)
+    window: int = 50
+    tail: int = 200
+    seeds: int = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its optimizer, and what is edited.
+
+    Attributes:
+      model: the network.
+      plain: whether it is trained by plain Adam; else by the optimizer of the digits run.
+      kernel: the kernel that is normalised.
+      reinits: the layers that start anew, each in a branch of its own.
+    """
+
+    model: nn.Module
+    plain: bool
+    kernel: str
+    reinits: tuple[str, ...] = ()
+
+
+class Network(nn.Module):
+    """Hidden layer and head of the digits run; `conv`: after its convolutions; `norm`: with a LayerNorm between."""
+
+    conv: bool = False
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        """Logits [n, 10] of images [n, 8, 8, 1]."""
+        for features in (32, 64) if self.conv else ():
+            x = nn.avg_pool(nn.relu(nn.Conv(features, (3, 3))(x)), (2, 2), strides=(2, 2))
+        x = nn.Dense(256, use_bias=not self.norm)(x.reshape(x.shape[0], -1))
+        return nn.Dense(10)(nn.relu(nn.LayerNorm()(x) if self.norm else x))
+
+
+CASES = {
+    "head": Case(digits.MODEL, False, "Dense_1/kernel", ("Dense_0", "Dense_1")),
+    "head_adam": Case(Network(), True, "Dense_1/kernel", ("Dense_0",)),
+    "norm": Case(Network(conv=True, norm=True), False, "Dense_0/kernel"),
+    "norm_adam": Case(Network(norm=True), True, "Dense_0/kernel"),
+}
+
+Curves = dict[tuple[str, ...], list[np.ndarray]]
+"""(case, rule) or (case, layer, fresh, what) -> one curve per seed."""
+
+
+# Measuring
+
+
+def read_config() -> Any:
+    """The config of the digits run."""
+    return runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]()
+
+
+def conditions(plan: Plan) -> dict[str, Any]:
+    """What the figures depend on."""
+    names = ("learning_rate", "end_learning_rate", "warmup_steps", "weight_decay", "batch_size")
+    config = read_config()
+    run = {name: config[name] for name in names}
+    return json.loads(json.dumps({"plan": asdict(plan), "plain_adam": PLAIN_ADAM, "digits_run": run}))
+
+
+def init_params(model: nn.Module, key: jax.Array) -> Any:
+    """Fresh params of a network."""
+    return model.init(key, jnp.zeros((1, 8, 8, 1)))["params"]
+
+
+@jax.jit
+def unit_updates(state: Any) -> Any:
+    """Size of the last update of every element in units of the learning rate, before weight decay."""
+
+    def size(mu: jax.Array, nu: jax.Array) -> jax.Array:
+        return jnp.abs(mu / (1 - B1**state.step)) / (jnp.sqrt(nu / (1 - B2**state.step)) + EPS)
+
+    mu, nu = (optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu"))
+    return jax.tree.map(size, mu, nu)
+
+
+class Runs:
+    """The runs of one case and seed; they share batches, and all steps before their first edit."""
+
+    def __init__(self, plan: Plan, case: Case, seed: int, data: Sequence[Any], bar: Any):
+        self.plan, self.case, self.seed, self.bar = plan, case, seed, bar
+        self.train_split, self.test_split = data
+        config = read_config()
+        config.num_steps = plan.num_steps
+        self.batches = list(
+            itertools.islice(digits.batches(self.train_split, config.batch_size, seed), plan.num_steps + plan.tail)
+        )
+        params = init_params(case.model, jax.random.key(seed))
+        tx = optax.adam(PLAIN_ADAM, b1=B1, b2=B2, eps=EPS) if case.plain else digits.create_state(config).tx
+        self.start = fsh.TrainState.create(apply_fn=case.model.apply, params=params, tx=tx)
+
+    def train(self, state: Any, steps: range, watch: Any = None) -> tuple[Any, list[jax.Array]]:
+        """Trains over these batches, and calls `watch(state)` after each; the given state stays alive."""
+        state, losses = jax.tree.map(jnp.copy, state), []
+        for step in steps:
+            state, loss = digits.train_step(state, self.batches[step])
+            losses.append(loss)
+            if watch is not None:
+                watch(state)
+        self.bar.update(len(steps))
+        return state, losses
+
+    def prefixes(self) -> tuple[dict[int, Any], np.ndarray, float]:
+        """An unedited run: its states before edits, losses, and held-out accuracy."""
+        stops = sorted({self.plan.every, self.plan.reinit_at[self.case.plain], self.plan.num_steps})
+        state, states, losses = self.start, {}, []
+        for start, stop in itertools.pairwise([0, *stops]):
+            state, more = self.train(state, range(start, stop))
+            states[stop] = state
+            losses += more
+        return states, _read(losses), self.accuracy(state)
+
+    def normalize(self, state: Any, rule: str) -> tuple[np.ndarray, float, float]:
+        """Losses after the first fire, mean size of the kernel's updates in the window after it, and accuracy."""
+        losses: list[jax.Array] = []
+        sizes: list[float] = []
+        fires = range(self.plan.every, self.plan.num_steps, self.plan.every)
+
+        def watch(state: Any) -> None:
+            sizes.append(float(flatten_dict(unit_updates(state), sep="/")[self.case.kernel].mean()))
+
+        for fire in fires:
+            state, _ = fsh.operate(state, fsh.surgeries.Normalize(), params=self.case.kernel, opt_state=rule)
+            middle, end = fire + self.plan.window, min(fire + self.plan.every, self.plan.num_steps)
+            state, more = self.train(state, range(fire, middle), watch if fire == fires[0] else None)
+            state, rest = self.train(state, range(middle, end))
+            losses += [*more, *rest]
+        return _read(losses), float(np.mean(sizes)), self.accuracy(state)
+
+    def reinit(self, state: Any, layer: str, fresh: str) -> dict[str, np.ndarray]:
+        """Losses after a layer started anew, and 99th percentiles of update sizes, fresh and untouched elements."""
+        surgery = fsh.surgeries.Reinit(init=lambda key: init_params(self.case.model, key))
+        key = jax.random.key(1_000 + self.seed)
+        state, _ = fsh.operate(state, surgery, params=f"{layer}/*", fresh=fresh, key=key)
+        percentiles: list[tuple[float, float]] = []
+
+        def watch(state: Any) -> None:
+            sizes = jax.device_get(unit_updates(state))
+            ours = [np.ravel(leaf) for leaf in jax.tree.leaves(sizes.pop(layer))]
+            others = [np.ravel(leaf) for leaf in jax.tree.leaves(sizes)]
+            percentiles.append((np.percentile(np.concatenate(ours), 99), np.percentile(np.concatenate(others), 99)))
+
+        at = self.plan.reinit_at[self.case.plain]
+        state, losses = self.train(state, range(at, at + self.plan.window), watch)
+        _, rest = self.train(state, range(at + self.plan.window, at + self.plan.tail))
+        ours, others = np.array(percentiles).T
+        return {"loss": _read([*losses, *rest]), "fresh": ours, "untouched": others}
+
+    def accuracy(self, state: Any) -> float:
+        """On the held-out split."""
+        return float(digits.evaluate(state, self.test_split)[1])
+
+
+def _read(losses: Sequence[jax.Array]) -> np.ndarray:
+    return np.array(jax.device_get(losses))
+
+
+def measure(plan: Plan, cases: Mapping[str, Case] = CASES) -> tuple[dict[str, Any], Curves]:
+    """Runs everything; returns the figures as docs/rules.json holds them, and the curves."""
+    data = digits.load_data()
+    curves: Curves = {}
+    samples: dict[tuple[str, str, str], list[float]] = {}
+    branches = len(RULES) * (plan.num_steps - plan.every) + plan.num_steps
+    per_seed = sum(branches + len(FRESH) * len(case.reinits) * plan.tail for case in cases.values())
+    with tqdm(total=plan.seeds * per_seed, desc="measure", unit="step", disable=None, dynamic_ncols=True) as bar:
+        for seed, (name, case) in itertools.product(range(plan.seeds), cases.items()):
+            runs = Runs(plan, case, seed, data, bar)
+            states, base, accuracy = runs.prefixes()
+            for rule in (NO_EDIT, *RULES):
+                losses, size = base, float("nan")
+                if rule != NO_EDIT:
+                    after, size, accuracy = runs.normalize(states[plan.every], rule)
+                    losses = np.concatenate([base[: plan.every], after])
+                curves.setdefault((name, rule), []).append(losses)
+                found = {
+                    "next": losses[plan.every : plan.every + plan.window].mean(),
+                    "end": losses[-plan.window :].mean(),
+                    "size": size,
+                    "accuracy": accuracy,
+                }
+                for figure, value in found.items():
+                    samples.setdefault((name, rule, figure), []).append(float(value))
+            for layer, fresh in itertools.product(case.reinits, FRESH):
+                for what, curve in runs.reinit(states[plan.reinit_at[case.plain]], layer, fresh).items():
+                    curves.setdefault((name, layer, fresh, what), []).append(curve)
+    normalize: dict[str, Any] = {name: {rule: {} for rule in (NO_EDIT, *RULES)} for name in cases}
+    for (name, rule, figure), values in samples.items():
+        if not np.isnan(values).any():
+            normalize[name][rule][figure] = _summary(values)
+    return {
+        "conditions": conditions(plan),
+        "normalize": normalize,
+        "reinit": _reinit_figures(plan, cases, curves),
+    }, curves
+
+
+def _reinit_figures(plan: Plan, cases: Mapping[str, Case], curves: Curves) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name, case in cases.items():
+        for layer, fresh in itertools.product(case.reinits, FRESH):
+            loss, ours, others = (np.array(curves[name, layer, fresh, what]) for what in ("loss", "fresh", "untouched"))
+            figures.setdefault(f"{name}/{layer}", {})[fresh] = {
+                "fresh": _summary(ours.mean(1)),
+                "untouched": _summary(others.mean(1)),
+                "within": round(float((ours <= others).mean()), 4),
+                "worst": round(float((ours / others).max()), 4),
+                "next": _summary(loss[:, : plan.window].mean(1)),
+                "end": _summary(loss[:, -plan.window :].mean(1)),
+            }
+    return figures
+
+
+def _summary(values: Any) -> dict[str, float]:
+    numbers = {"median": np.median(values), "min": np.min(values), "max": np.max(values)}
+    return {name: float(f"{number:.4g}") for name, number in numbers.items()}
+
+
+def main() -> None:
+    """Measures, and writes everything that docs/rules.md shows."""
+    plan = Plan()
+    figures, curves = measure(plan)
+    docs = ROOT / "docs"
+    (docs / "rules.json").write_text(report.dump(figures))
+    (docs / "images").mkdir(exist_ok=True)
+    report.draw(docs / "images" / "rules.png", curves, plan.every, plan.window)
+    page = docs / "rules.md"
+    page.write_text(report.fill(page.read_text(), figures))
+    print(*report.tables(figures).values(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Executes what the README shows: its Python blocks in order, and the pieces of its shell commands."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import itertools
+import pathlib
+import re
+import shlex
+import sys
+import tomllib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+import flax_surgery_hooks as fsh
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.replace("&&\n", "&& ").splitlines()]
+
+
+class Writer:
+    """Keeps scalars."""
+
+    def __init__(self):
+        self.scalars: dict[str, list[int]] = {}
+
+    def write_scalars(self, step, scalars):
+        for name in scalars:
+            self.scalars.setdefault(name, []).append(step)
+
+    def flush(self):
+        pass
+
+
+@pytest.fixture
+def namespace(tmp_path: pathlib.Path) -> dict[str, Any]:
+    """What the README's train loop has: the digits network, its optimizer and a step."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        digits = importlib.import_module("digits")
+    finally:
+        sys.path.pop(0)
+    config = ml_collections.ConfigDict(
+        {"seed": 0, "num_steps": 1_000, "learning_rate": 1e-3, "end_learning_rate": 1e-4, "warmup_steps": 10}
+    )
+    config.weight_decay = 1e-3
+    rng = np.random.default_rng(0)
+    batch = digits.Split(rng.random((2, 8, 8, 1), np.float32), np.array([0, 1]))
+    return {
+        "state": digits.create_state(config),
+        "train_step": lambda state, batch: digits.train_step(state, batch)[0],
+        "batches": itertools.repeat(batch),
+        "num_steps": 1_000,
+        "writer": Writer(),
+        "workdir": tmp_path,
+        "init_params": digits.init_params,
+        "jax": jax,
+        "jnp": jnp,
+        "ml_collections": ml_collections,
+    }
+
+
+def test_python_blocks_do_what_they_say(namespace):
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for i, (kind, block) in enumerate(BLOCKS):
+        if kind == "python":
+            exec(compile(block, f"README.md block {i}", "exec"), namespace)
+        elif kind == "pycon":
+            test = doctest.DocTestParser().get_doctest(block, namespace, f"block {i}", "README.md", 0)
+            said: list[str] = []
+            runner.run(test, out=said.append, clear_globs=False)
+            assert not runner.summarize(verbose=False).failed, "".join(said)
+            namespace.update(test.globs)
+    writer, steps = namespace["writer"], [200, 400, 600, 800, 1_000]
+    assert writer.scalars["surgery/head_norm/params/relative_change"][:5] == steps
+    assert writer.scalars["surgery/halve/params/relative_change"] == [1_000]
+    assert (namespace["workdir"] / "ledger.jsonl").stat().st_size
+    assert namespace["hooks"].names == ("head_norm", "reinit")
+
+
+def test_the_surgeries_listed_are_those_there_are():
+    listed = re.findall(r"^\| `(\w+)\(", TEXT, re.MULTILINE)
+    assert sorted(listed) == sorted(fsh.surgeries.__all__)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_shell_commands_name_files_and_extras_that_exist(command):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    words = shlex.split(command)
+    for name in re.findall(r"\[(\w+)\]", command):
+        assert name in extras
+    for word in words:
+        path = word.removeprefix("--config=").partition(":")[0]
+        if path.endswith(".py"):
+            assert (ROOT / path).is_file(), path
+    assert words[0] == "python" or words[:3] == ["python3", "-m", "venv"]
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        if target.startswith("#"):
+            headings = re.findall(r"^## (.+)$", TEXT, re.MULTILINE)
+            assert target[1:] in [heading.lower().replace(" ", "-") for heading in headings]
+        else:
+            assert (ROOT / target).is_file(), target
