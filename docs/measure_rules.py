@@ -36,7 +36,8 @@ report: Any = importlib.import_module("rules_report")
 RULES = ("carry", "keep", "transport", "reset")
 NO_EDIT = "no edit"
 FRESH = ("mean", "init")
-PLAIN_ADAM = 1e-3  # its learning rate
+DIGITS_RUN, UNCLIPPED, PLAIN_ADAM = "digits run", "digits run without clipping", "plain Adam"
+PLAIN_RATE = 1e-3
 B1, B2, EPS = 0.9, 0.999, 1e-8  # Adam's defaults, which all runs use
 
 
@@ -67,13 +68,13 @@ class Case:
 
     Attributes:
       model: the network.
-      plain: whether it is trained by plain Adam; else by the optimizer of the digits run.
+      optimizer: its name.
       kernel: the kernel that is normalised.
       reinits: the layers that start anew, each in a branch of its own.
     """
 
     model: nn.Module
-    plain: bool
+    optimizer: str
     kernel: str
     reinits: tuple[str, ...] = ()
 
@@ -94,14 +95,15 @@ class Network(nn.Module):
 
 
 CASES = {
-    "head": Case(digits.MODEL, False, "Dense_1/kernel", ("Dense_0", "Dense_1")),
-    "head_adam": Case(Network(), True, "Dense_1/kernel", ("Dense_0",)),
-    "norm": Case(Network(conv=True, norm=True), False, "Dense_0/kernel"),
-    "norm_adam": Case(Network(norm=True), True, "Dense_0/kernel"),
+    "head": Case(digits.MODEL, DIGITS_RUN, "Dense_1/kernel", ("Dense_0", "Dense_1")),
+    "head_adam": Case(Network(), PLAIN_ADAM, "Dense_1/kernel", ("Dense_0",)),
+    "norm": Case(Network(conv=True, norm=True), DIGITS_RUN, "Dense_0/kernel"),
+    "norm_unclipped": Case(Network(conv=True, norm=True), UNCLIPPED, "Dense_0/kernel"),
+    "norm_adam": Case(Network(norm=True), PLAIN_ADAM, "Dense_0/kernel"),
 }
 
-Curves = dict[tuple[str, ...], list[np.ndarray]]
-"""(case, rule) or (case, layer, fresh, what) -> one curve per seed."""
+Curves = dict[tuple[str, ...], list[Any]]
+"""(case, rule, what) or (case, layer, fresh, what) -> per seed a curve, or a number."""
 
 
 # Measuring
@@ -117,7 +119,19 @@ def conditions(plan: Plan) -> dict[str, Any]:
     names = ("learning_rate", "end_learning_rate", "warmup_steps", "weight_decay", "batch_size")
     config = read_config()
     run = {name: config[name] for name in names}
-    return json.loads(json.dumps({"plan": asdict(plan), "plain_adam": PLAIN_ADAM, "digits_run": run}))
+    return json.loads(json.dumps({"plan": asdict(plan), "plain_adam": PLAIN_RATE, "digits_run": run}))
+
+
+def optimizer(name: str, num_steps: int) -> optax.GradientTransformation:
+    """An optimizer by its name in `Case`."""
+    config = read_config()
+    config.num_steps = num_steps
+    if name == PLAIN_ADAM:
+        return optax.adam(PLAIN_RATE)
+    if name == DIGITS_RUN:
+        return digits.create_state(config).tx
+    rates = (0.0, config.learning_rate, config.warmup_steps, num_steps, config.end_learning_rate)
+    return optax.adamw(optax.warmup_cosine_decay_schedule(*rates), weight_decay=config.weight_decay)
 
 
 def init_params(model: nn.Module, key: jax.Array) -> Any:
@@ -139,16 +153,14 @@ def unit_updates(state: Any) -> Any:
 class Runs:
     """The runs of one case and seed; they share batches, and all steps before their first edit."""
 
-    def __init__(self, plan: Plan, case: Case, seed: int, data: Sequence[Any], bar: Any):
+    def __init__(self, plan: Plan, case: Case, seed: int, bar: Any):
         self.plan, self.case, self.seed, self.bar = plan, case, seed, bar
-        self.train_split, self.test_split = data
-        config = read_config()
-        config.num_steps = plan.num_steps
-        self.batches = list(
-            itertools.islice(digits.batches(self.train_split, config.batch_size, seed), plan.num_steps + plan.tail)
-        )
+        self.reinit_at = plan.reinit_at[case.optimizer == PLAIN_ADAM]
+        train_split, self.test_split = digits.load_data()
+        batches = digits.batches(train_split, read_config().batch_size, seed)
+        self.batches = list(itertools.islice(batches, plan.num_steps + plan.tail))
         params = init_params(case.model, jax.random.key(seed))
-        tx = optax.adam(PLAIN_ADAM, b1=B1, b2=B2, eps=EPS) if case.plain else digits.create_state(config).tx
+        tx = optimizer(case.optimizer, plan.num_steps)
         self.start = fsh.TrainState.create(apply_fn=case.model.apply, params=params, tx=tx)
 
     def train(self, state: Any, steps: range, watch: Any = None) -> tuple[Any, list[jax.Array]]:
@@ -162,32 +174,31 @@ class Runs:
         self.bar.update(len(steps))
         return state, losses
 
-    def prefixes(self) -> tuple[dict[int, Any], np.ndarray, float]:
-        """An unedited run: its states before edits, losses, and held-out accuracy."""
-        stops = sorted({self.plan.every, self.plan.reinit_at[self.case.plain], self.plan.num_steps})
+    def unedited(self) -> tuple[dict[int, Any], dict[str, Any]]:
+        """The states before edits of a run without any, and what was measured."""
+        stops = sorted({self.plan.every, self.reinit_at, self.plan.num_steps})
         state, states, losses = self.start, {}, []
         for start, stop in itertools.pairwise([0, *stops]):
             state, more = self.train(state, range(start, stop))
             states[stop] = state
             losses += more
-        return states, _read(losses), self.accuracy(state)
+        return states, {"loss": _read(losses), "accuracy": self.accuracy(state)}
 
-    def normalize(self, state: Any, rule: str) -> tuple[np.ndarray, float, float]:
-        """Losses after the first fire, mean size of the kernel's updates in the window after it, and accuracy."""
+    def normalize(self, state: Any, rule: str) -> dict[str, Any]:
+        """Losses from the first fire on, mean size of the kernel's updates in the window after it, and accuracy."""
         losses: list[jax.Array] = []
         sizes: list[float] = []
-        fires = range(self.plan.every, self.plan.num_steps, self.plan.every)
 
         def watch(state: Any) -> None:
             sizes.append(float(flatten_dict(unit_updates(state), sep="/")[self.case.kernel].mean()))
 
-        for fire in fires:
+        for fire in range(self.plan.every, self.plan.num_steps, self.plan.every):
             state, _ = fsh.operate(state, fsh.surgeries.Normalize(), params=self.case.kernel, opt_state=rule)
             middle, end = fire + self.plan.window, min(fire + self.plan.every, self.plan.num_steps)
-            state, more = self.train(state, range(fire, middle), watch if fire == fires[0] else None)
+            state, more = self.train(state, range(fire, middle), None if losses else watch)
             state, rest = self.train(state, range(middle, end))
             losses += [*more, *rest]
-        return _read(losses), float(np.mean(sizes)), self.accuracy(state)
+        return {"loss": _read(losses), "size": np.mean(sizes), "accuracy": self.accuracy(state)}
 
     def reinit(self, state: Any, layer: str, fresh: str) -> dict[str, np.ndarray]:
         """Losses after a layer started anew, and 99th percentiles of update sizes, fresh and untouched elements."""
@@ -202,9 +213,9 @@ class Runs:
             others = [np.ravel(leaf) for leaf in jax.tree.leaves(sizes)]
             percentiles.append((np.percentile(np.concatenate(ours), 99), np.percentile(np.concatenate(others), 99)))
 
-        at = self.plan.reinit_at[self.case.plain]
-        state, losses = self.train(state, range(at, at + self.plan.window), watch)
-        _, rest = self.train(state, range(at + self.plan.window, at + self.plan.tail))
+        start, middle = self.reinit_at, self.reinit_at + self.plan.window
+        state, losses = self.train(state, range(start, middle), watch)
+        _, rest = self.train(state, range(middle, start + self.plan.tail))
         ours, others = np.array(percentiles).T
         return {"loss": _read([*losses, *rest]), "fresh": ours, "untouched": others}
 
@@ -219,62 +230,26 @@ def _read(losses: Sequence[jax.Array]) -> np.ndarray:
 
 def measure(plan: Plan, cases: Mapping[str, Case] = CASES) -> tuple[dict[str, Any], Curves]:
     """Runs everything; returns the figures as docs/rules.json holds them, and the curves."""
-    data = digits.load_data()
     curves: Curves = {}
-    samples: dict[tuple[str, str, str], list[float]] = {}
     branches = len(RULES) * (plan.num_steps - plan.every) + plan.num_steps
-    per_seed = sum(branches + len(FRESH) * len(case.reinits) * plan.tail for case in cases.values())
-    with tqdm(total=plan.seeds * per_seed, desc="measure", unit="step", disable=None, dynamic_ncols=True) as bar:
+    total = plan.seeds * sum(branches + len(FRESH) * len(case.reinits) * plan.tail for case in cases.values())
+    with tqdm(total=total, desc="measure", unit="step", disable=None, dynamic_ncols=True) as bar:
         for seed, (name, case) in itertools.product(range(plan.seeds), cases.items()):
-            runs = Runs(plan, case, seed, data, bar)
-            states, base, accuracy = runs.prefixes()
-            for rule in (NO_EDIT, *RULES):
-                losses, size = base, float("nan")
-                if rule != NO_EDIT:
-                    after, size, accuracy = runs.normalize(states[plan.every], rule)
-                    losses = np.concatenate([base[: plan.every], after])
-                curves.setdefault((name, rule), []).append(losses)
-                found = {
-                    "next": losses[plan.every : plan.every + plan.window].mean(),
-                    "end": losses[-plan.window :].mean(),
-                    "size": size,
-                    "accuracy": accuracy,
-                }
-                for figure, value in found.items():
-                    samples.setdefault((name, rule, figure), []).append(float(value))
+            runs = Runs(plan, case, seed, bar)
+            states, base = runs.unedited()
+            _note(curves, (name, NO_EDIT), base)
+            for rule in RULES:
+                found = runs.normalize(states[plan.every], rule)
+                found["loss"] = np.concatenate([base["loss"][: plan.every], found["loss"]])
+                _note(curves, (name, rule), found)
             for layer, fresh in itertools.product(case.reinits, FRESH):
-                for what, curve in runs.reinit(states[plan.reinit_at[case.plain]], layer, fresh).items():
-                    curves.setdefault((name, layer, fresh, what), []).append(curve)
-    normalize: dict[str, Any] = {name: {rule: {} for rule in (NO_EDIT, *RULES)} for name in cases}
-    for (name, rule, figure), values in samples.items():
-        if not np.isnan(values).any():
-            normalize[name][rule][figure] = _summary(values)
-    return {
-        "conditions": conditions(plan),
-        "normalize": normalize,
-        "reinit": _reinit_figures(plan, cases, curves),
-    }, curves
+                _note(curves, (name, layer, fresh), runs.reinit(states[runs.reinit_at], layer, fresh))
+    return {"conditions": conditions(plan), **report.figures(curves, plan.every, plan.window)}, curves
 
 
-def _reinit_figures(plan: Plan, cases: Mapping[str, Case], curves: Curves) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for name, case in cases.items():
-        for layer, fresh in itertools.product(case.reinits, FRESH):
-            loss, ours, others = (np.array(curves[name, layer, fresh, what]) for what in ("loss", "fresh", "untouched"))
-            figures.setdefault(f"{name}/{layer}", {})[fresh] = {
-                "fresh": _summary(ours.mean(1)),
-                "untouched": _summary(others.mean(1)),
-                "within": round(float((ours <= others).mean()), 4),
-                "worst": round(float((ours / others).max()), 4),
-                "next": _summary(loss[:, : plan.window].mean(1)),
-                "end": _summary(loss[:, -plan.window :].mean(1)),
-            }
-    return figures
-
-
-def _summary(values: Any) -> dict[str, float]:
-    numbers = {"median": np.median(values), "min": np.min(values), "max": np.max(values)}
-    return {name: float(f"{number:.4g}") for name, number in numbers.items()}
+def _note(curves: Curves, names: tuple[str, ...], found: Mapping[str, Any]) -> None:
+    for what, value in found.items():
+        curves.setdefault((*names, what), []).append(value)
 
 
 def main() -> None:

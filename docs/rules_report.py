@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/rules.md, from what measure_rules.py found."""
+"""The figures, the tables and the picture of docs/rules.md, from the curves that measure_rules.py found."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ TITLES = {
     "head": "output kernel, digits run",
     "head_adam": "output kernel, plain Adam",
     "norm": "kernel before a LayerNorm, digits run",
+    "norm_unclipped": "the same without gradient clipping",
     "norm_adam": "kernel before a LayerNorm, plain Adam",
-    "head/Dense_0": "`Dense_0` of the digits run",
-    "head/Dense_1": "`Dense_1` (the head) of the digits run",
-    "head_adam/Dense_0": "`Dense_0` under plain Adam",
+    "head/Dense_0": "`Dense_0`, digits run",
+    "head/Dense_1": "`Dense_1`, the head, digits run",
+    "head_adam/Dense_0": "`Dense_0`, plain Adam",
 }
 RULES = ("carry", "keep", "transport", "reset", "no edit")
+Curves = Mapping[tuple[str, ...], Any]
 STYLES: dict[str, dict[str, Any]] = {  # told apart by colour, by dashes and by brightness
     "no edit": {"color": plots.FAINT, "linewidth": 1.2, "linestyle": (0, (1, 1.2))},
     "carry": {"color": plots.COLOURS[0], "linewidth": 1.8},
@@ -31,7 +33,51 @@ STYLES: dict[str, dict[str, Any]] = {  # told apart by colour, by dashes and by 
     "reset": {"color": plots.COLOURS[2], "linewidth": 1.4, "linestyle": (0, (3, 1, 1, 1))},
 }
 LABELS = {"carry": "carry, and keep (the same)"}
-SMOOTH = 10
+SMOOTH = 10  # steps
+
+
+# Figures
+
+
+def figures(curves: Curves, every: int, window: int) -> dict[str, Any]:
+    """Medians and ranges over seeds, as docs/rules.json holds them.
+
+    Args:
+      curves: (case, rule, what) -> per seed the losses of a run, or a number; (case, layer, fresh, what) -> per seed
+        a curve since a re-initialisation.
+      every: the step of the first fire.
+      window: over how many steps figures are taken.
+    """
+    normalize: dict[str, Any] = {}
+    reinit: dict[str, Any] = {}
+    for case, rule in dict.fromkeys(names[:2] for names in curves if len(names) == 3):
+        loss, plain = (np.asarray(curves[case, one, "loss"]) for one in (rule, "carry"))
+        first, last = slice(every, every + window), slice(-window, None)
+        found = {"next": _summary(loss[:, first].mean(1)), "end": _summary(loss[:, last].mean(1))}
+        for what in ("size", "accuracy"):
+            if (case, rule, what) in curves:
+                found[what] = _summary(curves[case, rule, what])
+        found["seeds_below_carry"] = {
+            what: int((loss[:, steps].mean(1) < plain[:, steps].mean(1)).sum())
+            for what, steps in (("next", first), ("end", last))
+        }
+        normalize.setdefault(case, {})[rule] = found
+    for case, layer, fresh in dict.fromkeys(names[:3] for names in curves if len(names) == 4):
+        loss, ours, others = (np.asarray(curves[case, layer, fresh, w]) for w in ("loss", "fresh", "untouched"))
+        reinit.setdefault(f"{case}/{layer}", {})[fresh] = {
+            "fresh": _summary(ours.mean(1)),
+            "untouched": _summary(others.mean(1)),
+            "within": round(float((ours <= others).mean()), 4),
+            "worst": round(float((ours / others).max()), 4),
+            "next": _summary(loss[:, :window].mean(1)),
+            "end": _summary(loss[:, -window:].mean(1)),
+        }
+    return {"normalize": normalize, "reinit": reinit}
+
+
+def _summary(values: Any) -> dict[str, float]:
+    numbers = {"median": np.median(values), "min": np.min(values), "max": np.max(values)}
+    return {name: float(f"{number:.4g}") for name, number in numbers.items()}
 
 
 # Tables
@@ -40,10 +86,9 @@ SMOOTH = 10
 def tables(figures: Mapping[str, Any]) -> dict[str, str]:
     """Name -> Markdown table."""
     return {
-        "next": _rule_table(figures, "next", _ranged, lowest=True),
-        "end": _rule_table(figures, "end", _ranged, lowest=True),
-        "accuracy": _rule_table(figures, "accuracy", lambda found: f"{100 * found['median']:.1f} %"),
-        "size": _rule_table(figures, "size", lambda found: f"{found['median']:.2f}"),
+        "next": _rule_table(figures, "next", lowest=True),
+        "end": _rule_table(figures, "end", lowest=True),
+        "size": _rule_table(figures, "size"),
         "reinit": _reinit_table(figures),
     }
 
@@ -64,14 +109,17 @@ def dump(figures: Mapping[str, Any]) -> str:
     return re.sub(r"\{\s*(\"median\":[^{}]*?)\s*\}", lambda found: "{" + " ".join(found[1].split()) + "}", text) + "\n"
 
 
-def _rule_table(figures: Mapping[str, Any], figure: str, show: Any, lowest: bool = False) -> str:
-    rows = [["", *(f"`{rule}`" if " " not in rule else rule for rule in RULES)]]
+def _rule_table(figures: Mapping[str, Any], figure: str, lowest: bool = False) -> str:
+    rules = [rule for rule in RULES if all(figure in by_rule[rule] for by_rule in figures["normalize"].values())]
+    rows = [["", *(f"`{rule}`" if rule in RULES[:-1] else rule for rule in rules)]]
     for case, by_rule in figures["normalize"].items():
-        found = [by_rule[rule].get(figure) for rule in RULES]
-        best = min(one["median"] for one in found[:-1])
-        cells = [show(one) if one else "" for one in found]
-        bold = [lowest and one is not None and one["median"] == best for one in found[:-1]] + [False]
-        rows.append([TITLES[case], *(f"**{c}**" if b else c for c, b in zip(cells, bold, strict=True))])
+        best = min(by_rule[rule][figure]["median"] for rule in rules if rule in RULES[:-1])
+        row = [TITLES[case]]
+        for rule in rules:
+            found = by_rule[rule][figure]
+            bold = lowest and rule in RULES[:-1] and found["median"] == best
+            row.append(f"**{number(found['median'])}** {_range(found)}" if bold else _ranged(found))
+        rows.append(row)
     return _markdown(rows)
 
 
@@ -80,11 +128,36 @@ def _reinit_table(figures: Mapping[str, Any]) -> str:
     rows = [head]
     for case, by_fresh in figures["reinit"].items():
         for fresh, found in by_fresh.items():
-            sizes = [_ranged(found[name], 2) for name in ("fresh", "untouched")]
-            losses = [_ranged(found[name]) for name in ("next", "end")]
-            within, worst = f"{100 * found['within']:.0f} %", f"{found['worst']:.2f}"
-            rows.append([TITLES[case], f'`"{fresh}"`', *sizes, within, worst, *losses])
+            ours, others, *losses = (_ranged(found[name]) for name in ("fresh", "untouched", "next", "end"))
+            within, worst = percent(found["within"]), number(found["worst"]) + " times"
+            rows.append([TITLES[case], f'`"{fresh}"`', ours, others, within, worst, *losses])
     return _markdown(rows)
+
+
+def number(value: float) -> str:
+    """Two significant digits.
+
+    >>> number(0.7431), number(0.00056), number(1.02)
+    ('0.74', '0.00056', '1.0')
+    """
+    return np.format_float_positional(float(f"{value:.2g}"), min_digits=1 if value >= 1 else None)
+
+
+def percent(value: float) -> str:
+    """A share in percent.
+
+    >>> percent(0.891)
+    '89 %'
+    """
+    return f"{100 * value:.0f} %"
+
+
+def _range(found: Mapping[str, float]) -> str:
+    return f"({number(found['min'])} to {number(found['max'])})"
+
+
+def _ranged(found: Mapping[str, float]) -> str:
+    return f"{number(found['median'])} {_range(found)}"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -92,25 +165,15 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def _ranged(found: Mapping[str, float], digits: int = 3) -> str:
-    smallest = 10.0**-digits
-    low, middle, high = (
-        f"{found[name]:.{digits}f}" if found[name] >= smallest else f"<{smallest:.{digits}f}"
-        for name in ("min", "median", "max")
-    )
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
 # The picture
 
 
-def draw(path: pathlib.Path, curves: Mapping[tuple[str, ...], Any], every: int, window: int) -> None:
+def draw(path: pathlib.Path, curves: Curves, every: int, window: int) -> None:
     """Writes the PNG.
 
     Args:
       path: where.
-      curves: (case, rule) -> losses of a run, and (case, layer, fresh, what) -> curves after a re-initialisation; an
-        array of seeds by steps each.
+      curves: as for `figures`.
       every: the steps between two fires.
       window: over how many steps the figures are taken.
     """
@@ -126,17 +189,15 @@ def draw(path: pathlib.Path, curves: Mapping[tuple[str, ...], Any], every: int, 
         figure.savefig(path)
 
 
-def _draw_once(axes: Axes, curves: Mapping[Any, Any], case: str, every: int, window: int) -> None:
+def _draw_once(axes: Axes, curves: Curves, case: str, every: int, window: int) -> None:
     """The first fire of the digits run, and what follows until the second."""
-    _title(axes, f"{TITLES[case].capitalize()}:", f"normalised at step {every}")
+    _title(axes, TITLES[case][0].upper() + TITLES[case][1:], f"normalised at step {every}")
     before = min(20, every)
     for rule, style in STYLES.items():
-        smooth = _smooth(np.asarray(curves[case, rule])[:, every - before : 2 * every], [before])
+        smooth = _smooth(np.asarray(curves[case, rule, "loss"])[:, every - before : 2 * every], [before])
         _band(axes, np.arange(-before, smooth.shape[1] - before), smooth, style, LABELS.get(rule, rule))
     axes.axvspan(0, window, color=plots.GRID, alpha=0.5, zorder=0, linewidth=0)
-    axes.annotate(
-        f"the {window} steps\nof the table", (window, 1), (-4, -4), "data", va="top", ha="right", fontsize=8.5
-    )
+    axes.text(window / 2, 0.96, "in the table", transform=axes.get_xaxis_transform(), va="top", ha="center", fontsize=9)
     axes.set_xlabel("train steps since the edit")
 
 
@@ -146,22 +207,22 @@ def _title(axes: Axes, what: str, how: str) -> None:
     axes.set_ylabel("train loss")
 
 
-def _draw_fires(axes: Axes, curves: Mapping[Any, Any], case: str, every: int) -> None:
+def _draw_fires(axes: Axes, curves: Curves, case: str, every: int) -> None:
     """A whole run under plain Adam, normalised again and again."""
-    steps = np.asarray(curves[case, "carry"]).shape[1]
+    steps = np.asarray(curves[case, "carry", "loss"]).shape[1]
     fires = range(every, steps, every)
-    _title(axes, f"{TITLES[case].capitalize()}:", f"normalised {len(fires)} times, every {every} steps")
+    _title(axes, TITLES[case][0].upper() + TITLES[case][1:], f"normalised {len(fires)} times, every {every} steps")
     for fire in fires:
         axes.axvline(fire, color=plots.GRID, linewidth=1, zorder=0)
     for rule, style in STYLES.items():
-        smooth = _smooth(np.asarray(curves[case, rule]), list(fires))
+        smooth = _smooth(np.asarray(curves[case, rule, "loss"]), list(fires))
         _band(axes, np.arange(steps), smooth, {**style, "linewidth": 1.2}, rule)
     axes.set_xlim(every - 50, steps)
     axes.set_xlabel("train steps applied")
 
 
-def _draw_sizes(axes: Axes, curves: Mapping[Any, Any], window: int) -> None:
-    _title(axes, "Dense_0 of the digits run starts anew:", "99th percentile of |update| / learning rate")
+def _draw_sizes(axes: Axes, curves: Curves, window: int) -> None:
+    _title(axes, "Dense_0 of the digits run starts anew", "99th percentile of |update| / learning rate")
     axes.set_yscale("linear")
     axes.set_ylabel("learning rates")
     steps = np.arange(1, window + 1)
@@ -172,11 +233,11 @@ def _draw_sizes(axes: Axes, curves: Mapping[Any, Any], window: int) -> None:
             _band(axes, steps, np.asarray(curves["head", "Dense_0", fresh, what]), style, label)
     axes.set_ylim(0)
     axes.set_xlabel("train steps since the edit")
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.legend(loc="upper right", frameon=False, fontsize=9)
 
 
-def _draw_losses(axes: Axes, curves: Mapping[Any, Any]) -> None:
-    _title(axes, "Dense_0 of the digits run starts anew:", "the loss that follows")
+def _draw_losses(axes: Axes, curves: Curves) -> None:
+    _title(axes, "Dense_0 of the digits run starts anew", "the loss that follows")
     for fresh, colour in (("mean", plots.COLOURS[0]), ("init", plots.COLOURS[1])):
         smooth = _smooth(np.asarray(curves["head", "Dense_0", fresh, "loss"]), [])
         dashes = "-" if fresh == "mean" else STYLES["transport"]["linestyle"]
@@ -193,7 +254,7 @@ def _band(axes: Axes, steps: np.ndarray, curves: np.ndarray, style: Mapping[str,
 
 
 def _smooth(curves: np.ndarray, fires: Sequence[int]) -> np.ndarray:
-    """Running means of up to ten steps that never reach back over a fire."""
+    """Running means of up to `SMOOTH` steps that never reach back over a fire."""
     parts = []
     for part in np.split(curves, fires, axis=1):
         total = np.cumsum(np.pad(part, ((0, 0), (1, 0))), axis=1)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import flax_surgery_hooks as fsh
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything that the run leaves behind.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything that the run leaves behind.", required=True)
 
 
 # Data
@@ -193,7 +193,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> float:
     writer.close()
     save(state, workdir / "checkpoints", config.num_steps)
     settled = [record for record in hooks.ledger.records if record.event == "settled"]
-    plots.draw(workdir / "digits.png", history, [(record.step, record.hook) for record in settled])
+    plots.draw(workdir / "digits.png", history, [(record.step or 0, record.hook) for record in settled])
     print_table(settled)
     return history.accuracies[-1]
 
@@ -231,6 +231,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     logging.set_verbosity(logging.WARNING)
     app.run(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all eyes
 INK, FAINT, GRID, HELD_OUT = "#222222", "#8a8f98", "#e6e8eb", "#7A3E9D"
-STYLE = {
+STYLE: Any = {  # Any: matplotlib types the keys as a list of literals, another one in every release
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "text.color": INK,

@@ -151,8 +151,8 @@ def judge(
     lost = [path for path in depends if depends[path] and not differentiable[path]]
     if lost:
         raise LostHistoryError(
-            f"{name} computes the new leaf from the old one, but its derivative is zero everywhere (rounding, a "
-            "sign, a comparison or a cast), so that slots would lose their whole history.",
+            f"The surgery {name} computes the new leaf from the old one, but its derivative is zero everywhere "
+            "(rounding, a sign, a comparison or a cast), so that slots would lose their whole history.",
             path=listed(lost),
             write="opt_state='keep' or 'reset', or `jax.lax.stop_gradient(leaf)` if a fresh start is meant",
         )
@@ -160,8 +160,8 @@ def judge(
     mixed = {path: int(count) for path, count in findings.mixed.items() if count > 0}
     if mixed and (transports or not (one_leaf and same_shape)):
         raise MixingError(
-            f"{name} computes new elements from several old ones, so that no optimizer slot can follow them by "
-            "lineage.",
+            f"The surgery {name} computes new elements from several old ones, so that no optimizer slot can follow "
+            "them by lineage.",
             found=f"{sum(mixed.values())} such elements",
             path=listed(mixed),
             write="`jax.lax.stop_gradient` around a statistic meant as a constant "
@@ -171,8 +171,8 @@ def judge(
     unequal = {path: int(count) for path, count in findings.unequal.items() if count > 0}
     if unequal:
         raise UnequalCopiesError(
-            f"{name} copies elements with coefficients of different size; how their gradients are shared is known to "
-            "the model alone.",
+            f"The surgery {name} copies elements with coefficients of different size; how their gradients are shared "
+            "is known to the model alone.",
             found=f"{sum(unequal.values())} such elements",
             path=listed(unequal),
             write="a surgery class with `fold_back(self, new_leaves) -> old leaves`, or opt_state='carry'",
@@ -203,7 +203,7 @@ def _judge_folding(findings: Findings, name: str) -> None:
 def not_linear(name: str, error: Exception) -> FoldBackError:
     """The typed error for a `fold_back` that cannot be transposed."""
     return FoldBackError(
-        f"The fold_back of {name} is not linear: {shorten(error, 200)}",
+        f"The fold_back of {name} is not linear: {type(error).__name__} {shorten(error, 200)}",
         write="sums, slices and products with constants only",
     )
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
+from flax_surgery_hooks.reductions import totals
 from flax_surgery_hooks.writers import MetricWriter as MetricWriter
 from flax_surgery_hooks.writers import create_default_writer as create_default_writer
 
@@ -85,10 +86,7 @@ class FireFigures(clu_metrics.Collection):
 
 
 def measure(before: jax.Array, after: jax.Array, fresh: jax.Array | None) -> Change:
-    """The change from one array to another.
-
-    Every figure is a float sum that XLA fuses into one pass over the arrays; sums run axis by axis, so that a count
-    beyond 2**24 does not stall in float32.
+    """The change from one array to another, all figures in one pass over them.
 
     Args:
       before: the array before, any shape and number type.
@@ -96,20 +94,28 @@ def measure(before: jax.Array, after: jax.Array, fresh: jax.Array | None) -> Cha
       fresh: which elements of `after` have no history, or None.
     """
     old, new = _wide(before), _wide(after)
-    same = old.shape == new.shape
-    change = new - old if same else new
     size = jnp.full((), float(new.size), jnp.float32)
-    finite = jnp.isfinite(new)
+    none = jnp.zeros((), jnp.float32)
+    of_new = [new * new, _flag(new == 0), _flag(~jnp.isfinite(new)), *([] if fresh is None else [_flag(fresh)])]
+    of_old = [old * old, _flag(~jnp.isfinite(old))]
+    if old.shape == new.shape:
+        change = new - old
+        together = totals([*of_new, *of_old, change * change, _flag(change != 0)])
+        square_change, changed = together[-2:]
+        sums_new, sums_old = together[: len(of_new)], together[len(of_new) : -2]
+    else:
+        sums_new, sums_old = totals(of_new), totals(of_old)
+        square_change, changed = sums_new[0], size
     return Change(
         size=size,
-        changed=_count(change != 0) if same else size,
-        fresh=jnp.zeros((), jnp.float32) if fresh is None else _count(fresh),
-        square_before=total(old * old),
-        square_after=total(new * new),
-        square_change=total(change * change),
-        zeros=_count(new == 0),
-        nonfinite_before=size * 0 + _count(~jnp.isfinite(old)),
-        nonfinite=_count(~finite),
+        changed=changed,
+        fresh=none if fresh is None else sums_new[3],
+        square_before=sums_old[0],
+        square_after=sums_new[0],
+        square_change=square_change,
+        zeros=sums_new[1],
+        nonfinite_before=sums_old[1],
+        nonfinite=sums_new[2],
     )
 
 
@@ -121,15 +127,8 @@ def combine(changes: Iterable[Change]) -> Change:
     return Change.empty() if result is None else result
 
 
-def total(values: jax.Array) -> jax.Array:
-    """The sum of all elements as float32, taken from the last axis to the first."""
-    while values.ndim:
-        values = values.sum(-1)
-    return values.astype(jnp.float32)
-
-
-def _count(flags: jax.Array) -> jax.Array:
-    return total(jnp.where(flags, 1.0, 0.0).astype(jnp.float32))
+def _flag(flags: jax.Array) -> jax.Array:
+    return jnp.where(flags, 1.0, 0.0).astype(jnp.float32)
 
 
 def _wide(values: jax.Array) -> jax.Array:

@@ -198,6 +198,7 @@ def _transposed_fold_back(operation: Operation, unit: Unit, derivative: lineage.
     try:
         transposed = jax.linear_transpose(fold, derivative.new)
         shapes = jax.eval_shape(fold, derivative.new)
+        jax.eval_shape(transposed, shapes)  # only here does JAX notice what is not linear
     except (UserCodeError, SurgeryFunctionError):
         raise
     except Exception as error:
@@ -413,18 +414,13 @@ def examine(operation: Operation, unit: Unit, params: Sequence[Any], fire: Fire)
             fold = _fold_back(operation, derivative, fire_arrays)
         return checks.find(derivative, transports=transports, fold_back=fold, name=operation.edit.name)
 
-    try:
-        findings = jax.device_get(jax.jit(find)(tuple(params), fire))
-    except TypeError as error:  # JAX sees only when it compiles a derivative that a `custom_vjp` has none
-        raise lineage.not_differentiable(operation.edit.name, error) from error
     with located(path=unit.paths[0] if len(unit.paths) == 1 else None):
-        return checks.judge(
-            findings,
-            **notes,
-            one_leaf=len(unit.paths) == 1,
-            transports=transports,
-            name=f"The surgery {operation.edit.name}",
-        )
+        try:
+            findings = jax.device_get(jax.jit(find)(tuple(params), fire))
+        except TypeError as error:  # JAX sees only when it compiles a derivative that a `custom_vjp` has none
+            raise lineage.not_differentiable(operation.edit.name, error) from error
+        one_leaf = len(unit.paths) == 1
+        return checks.judge(findings, **notes, one_leaf=one_leaf, transports=transports, name=operation.edit.name)
 
 
 def fire_for(unit: Unit, key: jax.Array | None, step: Any, inputs: dict[str, Any]) -> Fire:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import optax
@@ -14,7 +15,8 @@ from flax_surgery_hooks.slots import Kind, Preceding, register_slot
 _PRECONDITIONERS = {
     "ScaleByAdamState", "ScaleByAmsgradState", "ScaleByBeliefState", "ScaleByRmsState", "ScaleByRStdDevState",
     "ScaleByRssState", "ScaleByAdaDeltaState", "ScaleByAdanState", "ScaleByLionState", "ScaleByNovogradState",
-    "ScaleBySM3State", "ScaleByRpropState", "FactoredState", "ScaleByTrustRatioState",
+    "ScaleBySM3State", "ScaleByRpropState", "FactoredState", "ScaleByTrustRatioState", "ScaleByRmsWithCountState",
+    "ScaleByRStdDevWithCountState",
 }  # fmt: skip
 _LINEAR = {"TraceState", "EmaState", "ScaleByScheduleState", "ApplyEvery", "AddNoiseState", "ZeroNansState"}
 
@@ -64,7 +66,9 @@ _OPTAX: dict[str, dict[str, Any]] = {
     "ScaleByLionState": {"mu": FIRST},
     "ScaleByOptimisticGradientState": {"previous_gradient": FIRST},
     "ScaleByRmsState": {"nu": SECOND},
+    "ScaleByRmsWithCountState": {"nu": SECOND},
     "ScaleByRStdDevState": {"mu": FIRST, "nu": SECOND},
+    "ScaleByRStdDevWithCountState": {"mu": FIRST, "nu": SECOND},
     "ScaleByRssState": {"sum_of_squares": SECOND},
     "ScaleByRpropState": {"step_sizes": "invariant", "prev_updates": ("grad", "update")},
     # Squares of preconditioned updates: unsigned, of order 0.
@@ -83,8 +87,10 @@ _CONTRIB: dict[str, dict[str, Any]] = {
     "ScheduleFreeState": {"z": "param"},
 }
 
+_UNEXPORTED = sys.modules[optax.scale_by_adam.__module__]  # some states are not in optax's public namespace
+
 for _module, _table in ((optax, _OPTAX), (contrib, _CONTRIB)):
     for _name, _fields in _table.items():
-        _state = getattr(_module, _name, None)
+        _state = getattr(_module, _name, None) or getattr(_UNEXPORTED, _name, None)
         if _state is not None:  # older releases lack some
             register_slot(_state, **_fields)

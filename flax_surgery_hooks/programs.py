@@ -211,7 +211,7 @@ def _own_path(unit: Unit) -> Iterator[None]:
     try:
         yield
     except SurgeryError as error:
-        if error.path == ANY_LEAF:
+        if error.path == ANY_LEAF or (error.path is None and len(unit.paths) == 1):
             error.path = unit.paths[0]
         raise
 

@@ -60,7 +60,7 @@ _REGISTRY: dict[type, dict[str, KindOf]] = {}
 
 
 def register_slot(state: type, **fields: KindOf) -> None:
-    """Says what the parameter-shaped fields of an optimizer state hold; its other fields follow no edit.
+    """Adds what parameter-shaped fields of an optimizer state hold; scalar fields of a registered class follow no edit.
 
     Args:
       state: the state's class, a NamedTuple or dataclass.
@@ -82,7 +82,7 @@ def register_slot(state: type, **fields: KindOf) -> None:
             raise SlotError(f"{state.__name__} has no field {field!r}.", found=f"fields {', '.join(known)}")
         for one in () if callable(kind) else (kind,) if isinstance(kind, str) else kind:
             check_choice(one, KINDS, "kind of slot")
-    _REGISTRY[state] = dict(fields)
+    _REGISTRY[state] = _REGISTRY.get(state, {}) | fields
     find_slots.cache_clear()
 
 
@@ -122,15 +122,16 @@ def find_slots(
 ) -> dict[int, tuple[Slot, ...]]:
     """`slots_of` on what is hashable, so that it is done once per optimizer and structure."""
     opt_state = jax.tree.unflatten(opt_treedef, [jax.ShapeDtypeStruct(*shape) for shape in slot_shapes])
-    fields = list(_fields(opt_state, param_keys))
-    if not fields:
-        return {}
-    if jax.tree.structure(_initial(tx, params_treedef, param_shapes)) != opt_treedef:
+    made, made_treedef = jax.tree.flatten(_initial(tx, params_treedef, param_shapes))
+    if made_treedef != opt_treedef or any(a.shape != b[0] for a, b in zip(made, slot_shapes, strict=True)):
         raise StateError(
             "The optimizer state is not what `tx.init` makes for these parameters.",
             found=str(opt_treedef),
             write="state.replace(opt_state=tx.init(params)) with the very `tx` of the state",
         )
+    fields = list(_fields(opt_state, param_keys))
+    if not fields:
+        return {}
     places = list(_places(opt_state, fields, param_keys))
     places = [place for place in places if jnp.issubdtype(param_shapes[place.owner][1], jnp.inexact)]
     stands_for = _representatives(places, param_shapes)

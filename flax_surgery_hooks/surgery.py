@@ -135,18 +135,19 @@ def as_edit(surgery: Any) -> Edit:
 def _parameters(function: Callable[..., Any], name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Name of the first parameter, names without and with a default of the others."""
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
         raise SurgeryFunctionError(
             f"The signature of {name} cannot be read.", write=f"lambda leaf: {name}(leaf)"
         ) from error
+    parameters = list(signature.parameters.values())
     if not parameters or parameters[0].kind not in (
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
     ):
         raise SurgeryFunctionError(
             f"{name} takes no leaf: its first parameter must be positional.",
-            found=f"({', '.join(map(str, parameters))})",
+            found=str(signature),
             write="def edit(kernel, ...)",
         )
     rest = parameters[1:]
@@ -154,7 +155,7 @@ def _parameters(function: Callable[..., Any], name: str) -> tuple[str, tuple[str
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             raise SurgeryFunctionError(
                 f"{name} takes {parameter}; parameters are filled by name, so each needs one.",
-                found=f"({', '.join(map(str, parameters))})",
+                found=str(signature),
                 write="the names of the inputs it uses",
             )
     wants = tuple(p.name for p in rest if p.default is inspect.Parameter.empty)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_surgery_hooks.lineage import Lineage, Tree, gradient_share, safe_divide
+from flax_surgery_hooks.reductions import sums, totals
 
 SECOND_MOMENTS = ("grad_sq", "grad_abs")
 
@@ -184,15 +185,12 @@ def mean_of_survivors(moved: jax.Array, fresh: jax.Array, old: jax.Array, init: 
       init: what `tx.init` puts there.
 
     Returns:
-      An array that broadcasts against `moved`, float32 or wider.
+      A float32 array that broadcasts against `moved`.
     """
-    dtype = jnp.promote_types(moved.dtype, jnp.float32)
-    alive = jnp.where(fresh, 0.0, 1.0).astype(dtype)
-    values = moved.astype(dtype) * alive
-    rows = tuple(range(moved.ndim - 1))
-    count, total = alive.sum(rows, keepdims=True), values.sum(rows, keepdims=True)
-    before = old.astype(dtype).mean() if old.size else jnp.asarray(init, dtype)
-    whole = jnp.where(count.sum() > 0, total.sum() / jnp.maximum(count.sum(), 1), before)
+    alive = jnp.where(fresh, 0.0, 1.0)
+    count, total = sums([alive, moved * alive], over=range(moved.ndim - 1))
+    everywhere = totals([old])[0] / max(old.size, 1) if old.size else jnp.asarray(init, jnp.float32)
+    whole = jnp.where(count.sum() > 0, total.sum() / jnp.maximum(count.sum(), 1), everywhere)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), whole)
 
 

@@ -5,6 +5,7 @@ Nothing here uses the library. An edit maps the parameters of one network to tho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ def make_params(seed: int = 0) -> Params:
     rng = np.random.default_rng(seed)
     sizes = (5, 4, 6, 3)
     params = {}
-    for i, (rows, columns) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+    for i, (rows, columns) in enumerate(itertools.pairwise(sizes), start=1):
         params[f"w{i}"] = jnp.asarray(rng.normal(size=(rows, columns)))
         params[f"b{i}"] = jnp.asarray(rng.normal(size=columns) * 0.1)
     params["b1"] = params["b1"].at[3].set(-1e3)
@@ -51,7 +52,9 @@ def batches() -> list[jax.Array]:
 
 
 def rebuilt(run: Run, edit: Callable[[Params], Params]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Adam's moments, had every recorded step been taken on the edited network: plain NumPy averages of its gradients."""
+    """Adam's moments, had every recorded step been taken on the edited network: plain NumPy averages of its
+    gradients.
+    """
     mu = nu = None
     for point, batch in zip(run.points, run.batches, strict=True):
         grads = {name: np.asarray(g) for name, g in gradient(edit(point), batch).items()}
@@ -63,7 +66,9 @@ def rebuilt(run: Run, edit: Callable[[Params], Params]) -> tuple[dict[str, np.nd
 
 
 class Widening(NamedTuple):
-    """New units as copies: `source[j]` is the unit that new unit j copies, `share[j]` multiplies its outgoing weights."""
+    """New units as copies: `source[j]` is the unit that new unit j copies, `share[j]` multiplies its outgoing
+    weights.
+    """
 
     source: np.ndarray
     share: np.ndarray
@@ -139,7 +144,9 @@ def average_blocks(params: Params) -> Params:
 
 
 def rescale(params: Params) -> Params:
-    """Units of the first hidden layer scaled up, their outgoing weights down: the same function, as ReLU is homogeneous."""
+    """Units of the first hidden layer scaled up, their outgoing weights down: the same function, as ReLU is
+    homogeneous.
+    """
     c = jnp.asarray([0.25, 3.0, 1.0, 1.7])
     return params | {"w1": params["w1"] * c[None], "b1": params["b1"] * c, "w2": params["w2"] / c[:, None]}
 

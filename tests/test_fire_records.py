@@ -173,16 +173,17 @@ def test_the_ledger_file_holds_every_record_as_it_is_written(tmp_path):
     assert [(line["event"], line.get("id")) for line in lines[2:]] == [
         ("fired", 1), ("settled", 0), ("settled", 1)]  # fmt: skip
     assert lines[-1]["figures"]["params/relative_change"] == 0.5
-    hooks.ledger.close()
+    path.unlink()
+    path.mkdir()  # as good a reason as any that it cannot be written
     with pytest.raises(LedgerError, match="The ledger cannot be written"):
         hooks(3, state)
+    assert (seen[-1], hooks.ledger.records[-1].event) == ("settled", "fired")  # kept in memory
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), NAN])
 def test_surgeries_with_fields_that_json_does_not_have_are_recorded(value, tmp_path):
     hooks = make_hooks(fsh.surgeries.Assign(value), ledger=tmp_path / "ledger.jsonl")
     hooks(1, make_state(1))
-    hooks.ledger.close()
     line = json.loads((tmp_path / "ledger.jsonl").read_text().splitlines()[-1])
     assert line["surgery"] == {"name": "Assign", "value": str(value)}
 

@@ -18,6 +18,11 @@ from flax_surgery_hooks.errors import SelectionError, SurgeryError, UserCodeErro
 from flax_surgery_hooks.selection import Glob, Selection, select
 
 
+def same_everywhere(value: object) -> str:
+    """A test id without addresses, which differ between the workers of pytest-xdist."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
 def tree(*names):
     """A flattened tree of parameters with these joined paths, in this order."""
     return paths.Leaves(names, tuple((name,) for name in names), tuple(range(len(names))), None)
@@ -200,7 +205,7 @@ def test_random_selections_against_sets(data):
         (select("**/kernel", exclude="head/*"), ["encoder/Dense_0/kernel", "encoder/Dense_1/kernel"]),
         ([select("**/kernel", exclude="encoder/**"), "embed"], ["embed", "head/kernel"]),
     ],
-    ids=str,
+    ids=same_everywhere,
 )  # fmt: skip
 def test_select(patterns, expected):
     assert selected(LEAVES, patterns) == expected
@@ -358,7 +363,7 @@ def test_a_bad_regex_is_chained():
         ("xyz", "The pattern 'xyz'", None),
         (lambda path, leaf: False, "The predicate test_selection.<lambda>", None),
     ],
-    ids=str,
+    ids=same_everywhere,
 )
 def test_a_pattern_that_matches_nothing(patterns, what, write):
     combined = [select(patterns), select(["**", patterns]), select("**", exclude=["head/*", patterns])]

@@ -51,7 +51,9 @@ def make_state(params: Any = None, steps: int = 3) -> Any:
 
 
 def guide(state: Any) -> Any:
-    """The surgery of Flax's guide, by hand: flatten, edit, unflatten; params and moments alike are left in their places."""
+    """The surgery of Flax's guide, by hand: flatten, edit, unflatten; params and moments alike are left in their
+    places.
+    """
     flat = flax.traverse_util.flatten_dict(state.params, sep="/")
     flat["Dense_1/kernel"] = flat["Dense_1/kernel"] / jnp.linalg.norm(flat["Dense_1/kernel"])
     return state.replace(params=flax.traverse_util.unflatten_dict(flat, sep="/"))

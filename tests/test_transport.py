@@ -1,4 +1,6 @@
-"""Slots after an edit are what the optimizer would hold, had it trained the edited network from the start. In float64."""
+"""Slots after an edit are what the optimizer would hold, had it trained the edited network from the start. In
+float64.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,7 @@ def error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> floa
 
 @pytest.mark.parametrize("name", EDITS)
 def test_edits_of_the_table_preserve_the_function(name, trained):
-    state, run = trained
+    _, run = trained
     for point, batch in zip(run.points, run.batches, strict=True):
         np.testing.assert_allclose(mlp.loss(EDITS[name].edit(point), batch), mlp.loss(point, batch), rtol=1e-12)
 
@@ -125,7 +127,7 @@ def test_wrong_factors_are_rejected_by_the_same_oracle(name, trained):
     old_mu, old_nu = moments(state)
     like_params = jax.tree.map(np.asarray, edit(jax.tree.map(jnp.asarray, old_mu)))
     assert error(like_params, expected_mu) > 1e-2
-    mu, nu = moments(transported(name))
+    mu, _ = moments(transported(name))
     if name not in ("blocks", "split_unequally"):
         carried, _ = fsh.operate(state, EDITS[name], opt_state="carry")
         assert error(moments(carried)[0], expected_mu) > 1e-2
@@ -262,7 +264,8 @@ class Holding:
     def tx(cls, kind: str) -> optax.GradientTransformation:
         state = cls.classes[kind]
         return optax.GradientTransformation(
-            lambda params: state(jax.tree.map(jnp.zeros_like, params)), lambda updates, state, params=None: (updates, state)
+            lambda params: state(jax.tree.map(jnp.zeros_like, params)),
+            lambda updates, state, params=None: (updates, state),
         )
 
 

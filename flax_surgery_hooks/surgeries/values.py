@@ -72,13 +72,21 @@ class Assign:
                     write=listed(close_matches(path, value)) or f"{{{path!r}: ...}}",
                 )
             value = value[path]
-        if np.broadcast_shapes(np.shape(value), leaf.shape) != leaf.shape:
+        if not _fits(np.shape(value), leaf.shape):
             raise SurgeryFunctionError(
                 "Assign(value=...) does not broadcast to the leaf.",
                 path=path,
                 found=f"shape {list(np.shape(value))} for {list(leaf.shape)}",
             )
         return jnp.broadcast_to(jnp.asarray(value, leaf.dtype), leaf.shape)
+
+
+def _fits(shape: tuple[int, ...], leaf: tuple[int, ...]) -> bool:
+    """Whether a value of this shape broadcasts to a leaf, without making it larger."""
+    try:
+        return np.broadcast_shapes(shape, leaf) == leaf
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
