@@ -262,7 +262,7 @@ def main() -> None:
     report.draw(docs / "images" / "rules.png", curves, plan.every, plan.window)
     page = docs / "rules.md"
     page.write_text(report.fill(page.read_text(), figures))
-    print(*report.tables(figures).values(), sep="\n\n")
+    print(*report.blocks(figures).values(), sep="\n\n")
 
 
 if __name__ == "__main__":

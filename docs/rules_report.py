@@ -80,22 +80,26 @@ def _summary(values: Any) -> dict[str, float]:
     return {name: float(f"{number:.4g}") for name, number in numbers.items()}
 
 
-# Tables
+# Tables and sentences
 
 
-def tables(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> Markdown table."""
+def blocks(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> Markdown: everything on the page that was measured."""
     return {
+        "conditions": _conditions(figures["conditions"]),
+        "summary": _summary_text(figures),
         "next": _rule_table(figures, "next", lowest=True),
         "end": _rule_table(figures, "end", lowest=True),
         "size": _rule_table(figures, "size"),
+        "zeroed": _zeroed(figures["conditions"]["plan"]["reinit_at"]),
         "reinit": _reinit_table(figures),
+        "reinit_summary": _reinit_text(figures),
     }
 
 
 def fill(text: str, figures: Mapping[str, Any]) -> str:
     """A Markdown text with the tables in their places, which comments `<!-- measured: NAME -->` mark."""
-    made = tables(figures)
+    made = blocks(figures)
 
     def one(match: re.Match[str]) -> str:
         return f"{match[1]}\n{made[match[2]]}\n<!-- end -->"
@@ -107,6 +111,72 @@ def dump(figures: Mapping[str, Any]) -> str:
     """JSON with one line per figure."""
     text = json.dumps(figures, indent=1)
     return re.sub(r"\{\s*(\"median\":[^{}]*?)\s*\}", lambda found: "{" + " ".join(found[1].split()) + "}", text) + "\n"
+
+
+def _conditions(found: Mapping[str, Any]) -> str:
+    plan, run = found["plan"], found["digits_run"]
+    fires = len(range(plan["every"], plan["num_steps"], plan["every"]))
+    return "\n".join(
+        [
+            f"- Digits of scikit-learn, {run['batch_size']} a batch, {plan['num_steps']:,} steps, {plan['seeds']} seeds.",
+            f"- *Digits run*: the network and optimizer of `examples/digits.py`: `adamw` with a learning rate that rises to "
+            f"`{run['learning_rate']}` over {run['warmup_steps']} steps and falls to `{run['end_learning_rate']}` by a "
+            f"cosine, weight decay `{run['weight_decay']}`, after clipping by a global norm of 1.",
+            f"- *Plain Adam*: the same without the convolutions, `adam({found['plain_adam']})` at a constant rate.",
+            "- *Kernel before a LayerNorm*: `Dense_0/kernel`, with a LayerNorm put between it and the ReLU, and no bias. "
+            "*Output kernel*: `Dense_1/kernel`.",
+            f'- Normalised {fires} times, every {plan["every"]} steps. "The first steps" and "the end" are '
+            f"{plan['window']} steps each.",
+        ]
+    )
+
+
+def _summary_text(figures: Mapping[str, Any]) -> str:
+    found, seeds = figures["normalize"], figures["conditions"]["plan"]["seeds"]
+
+    def pair(case: str, figure: str, first: str, second: str) -> str:
+        one, other = (number(found[case][rule][figure]["median"]) for rule in (first, second))
+        return f"{one} under `{first}`, {other} under `{second}`"
+
+    below = found["norm"]["transport"]["seeds_below_carry"]["next"]
+    return "\n".join(
+        [
+            f"- **Output kernel**, first steps after one edit: {pair('head', 'next', 'carry', 'transport')} in the digits "
+            f"run; {pair('head_adam', 'next', 'carry', 'transport')} in that with plain Adam. At the end, after all edits: "
+            f"{pair('head', 'end', 'carry', 'transport')}; {pair('head_adam', 'end', 'carry', 'transport')}.",
+            f"- **Kernel before a LayerNorm**, first steps after one edit: {pair('norm', 'next', 'transport', 'carry')} in "
+            f"the digits run (lower in {below} of {seeds} seeds); without its clipping "
+            f"{pair('norm_unclipped', 'next', 'transport', 'carry')}; with plain Adam "
+            f"{pair('norm_adam', 'next', 'transport', 'carry')}.",
+        ]
+    )
+
+
+def _zeroed(steps: Sequence[int]) -> str:
+    """The first update of an element whose Adam moments are 0 at a step: 0.1 g / sqrt(0.001 g^2), bias-corrected."""
+    first = [0.1 * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step) / 0.001**0.5 for step in (*steps, 100_000)]
+    at = ", ".join(f"{number(size)} learning rates at step {step:,}" for size, step in zip(first, steps, strict=False))
+    return (
+        f"Zero is a trap: Adam's first update of an element with zeroed moments is {at}, {number(first[-1])} late in a "
+        "long run, whatever its gradient, and the next ones are larger still."
+    )
+
+
+def _reinit_text(figures: Mapping[str, Any]) -> str:
+    found = figures["reinit"]
+    hidden, head, plain = (found[case] for case in ("head/Dense_0", "head/Dense_1", "head_adam/Dense_0"))
+    below = sum(by["init"]["next"]["median"] < by["mean"]["next"]["median"] for by in found.values())
+    return (
+        f'With `fresh="mean"` the updates of a hidden layer stay at or below those of the untouched ones in '
+        f"{percent(hidden['mean']['within'])} of the steps of the digits run and in {percent(plain['mean']['within'])} under "
+        f"plain Adam, and never go beyond {number(max(hidden['mean']['worst'], plain['mean']['worst']))} times. They do not "
+        f"for the head, where it is {percent(head['mean']['within'])} of the steps: its old second moments are those of a "
+        f'network that was nearly right, and its gradients now are not. With `fresh="init"` it is '
+        f"{percent(max(by['init']['within'] for by in found.values()))} of the steps at most, and up to "
+        f"{number(max(by['init']['worst'] for by in found.values()))} times as large. Larger is not slower here: "
+        f'the loss fell faster with `"init"` in {below} of these {len(found)}. `"mean"` is the default because it bounds the '
+        "step, which these small networks do not need."
+    )
 
 
 def _rule_table(figures: Mapping[str, Any], figure: str, lowest: bool = False) -> str:
@@ -135,12 +205,14 @@ def _reinit_table(figures: Mapping[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Two significant digits.
+    """Two significant digits or more.
 
-    >>> number(0.7431), number(0.00056), number(1.02)
-    ('0.74', '0.00056', '1.0')
+    >>> number(1.025), number(0.743), number(0.0591), number(0.00497), number(0.000004)
+    ('1.02', '0.74', '0.059', '0.0050', '4.0e-06')
     """
-    return np.format_float_positional(float(f"{value:.2g}"), min_digits=1 if value >= 1 else None)
+    if value < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.{max(2, 1 - int(np.floor(np.log10(value))))}f}"
 
 
 def percent(value: float) -> str:

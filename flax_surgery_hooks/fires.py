@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from flax_surgery_hooks import operation as ops
 from flax_surgery_hooks.errors import RefusedError
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.operate import arrays_of, commit, needs_key, plan_units, record_of, run
-from flax_surgery_hooks.operation import Operation
+from flax_surgery_hooks.operation import Operation, fire_for
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.surgery import path_hash
@@ -63,7 +62,7 @@ def _folded(seed: int, name: Any, step: Any, count: int) -> jax.Array:
 def prepare(programs: Programs, parts: Parts, key: Any, step: int, inputs: dict[str, Any]) -> None:
     """Raises whatever a fire on this state would raise, and edits nothing."""
     for unit in plan_units(programs.operation, parts):
-        fire = ops.fire_for(unit, key, jnp.int32(step), inputs)
+        fire = fire_for(unit, key, jnp.int32(step), inputs)
         programs.prepare(unit, arrays_of(unit, parts), fire, may_reshape=False)
 
 
@@ -74,7 +73,7 @@ def fire(
     parts = take_apart(state)
     plan = plan_units(programs.operation, parts)
     arrays = [arrays_of(unit, parts) for unit in plan]
-    fires = [ops.fire_for(unit, key, jnp.int32(step), inputs) for unit in plan]
+    fires = [fire_for(unit, key, jnp.int32(step), inputs) for unit in plan]
     outcome = run(programs, plan, arrays, fires, may_reshape=False, commit=commit)
     record = record_of(programs.operation, plan, outcome)
     figures = outcome.figures if programs.operation.figures else {}

@@ -7,10 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
-
-from flax_surgery_hooks import checks, fires, rules
+from flax_surgery_hooks import fires, rules
 from flax_surgery_hooks.errors import HookError, ScheduleError, StateError, StepError, located
 from flax_surgery_hooks.fires import Fired, Settler
 from flax_surgery_hooks.ledger import Ledger, Record
@@ -21,6 +18,7 @@ from flax_surgery_hooks.paths import close_matches, listed
 from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.selection import Patterns
+from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
 from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import take_apart
 
@@ -238,8 +236,8 @@ class SurgeryHooks:
         Returns:
           The edited state.
         """
-        _check_concrete(state)
-        hook, step = self._get(name), _step_of(state) if step is None else _checked_step(step)
+        check_concrete(state)
+        hook, step = self._get(name), step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
         state, fired = self._fire(hook, state, step, inputs)
         self._record([fired])
@@ -247,8 +245,8 @@ class SurgeryHooks:
 
     def preview(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Record:
         """The record that a fire would leave, with its figures; commits nothing. Arguments as for `fire`."""
-        _check_concrete(state)
-        hook, step = self._get(name), _step_of(state) if step is None else _checked_step(step)
+        check_concrete(state)
+        hook, step = self._get(name), step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
         _, fired = self._fire(hook, state, step, inputs, commit=False)
         return replace(fired.record, event="preview", figures=fires.read(fired.figures), id=None)
@@ -266,8 +264,8 @@ class SurgeryHooks:
                 found="hooks(step)",
                 write="state = hooks(step, state)",
             )
-        step = _checked_step(step)
-        _check_concrete(state)
+        step = checked_step(step)
+        check_concrete(state)
         if self._started and step <= self._last:
             raise StepError(
                 "Steps go forward.",
@@ -296,7 +294,7 @@ class SurgeryHooks:
 
     def _start(self, step: int, state: Any) -> None:
         """The first call: compares `step` with the state's own, and takes due steps before it as passed."""
-        self._check_first_step(step, state)
+        check_first_step(step, state)
         self._last = step - 1
         self._started = True
         self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
@@ -304,24 +302,6 @@ class SurgeryHooks:
             missed = tuple(hook.when.due_steps(-1, step - 1))
             if missed:
                 fires.warn_missed(self.ledger, hook.name, missed, step)
-
-    @staticmethod
-    def _check_first_step(step: int, state: Any) -> None:
-        held = getattr(state, "step", None)
-        if held is None:
-            return
-        if jnp.ndim(held) == 1:
-            raise StateError(
-                "The state is replicated for pmap: every leaf has a leading device axis.",
-                found=f"state.step of shape {list(jnp.shape(held))}",
-                write="hooks(step, flax.jax_utils.unreplicate(state)), then flax.jax_utils.replicate",
-            )
-        if int(held) != step:
-            raise StepError(
-                "`step` must be what `state.step` holds: train steps applied so far.",
-                found=f"step {step}, state.step {int(held)}",
-                write="hooks(step + 1, state)" if int(held) == step + 1 else f"hooks({int(held)}, state)",
-            )
 
     def _check(self, hook: Hook, state: Any, inputs: dict[str, Any]) -> None:
         """Finds everything that can be wrong with a hook on this state, without editing anything."""
@@ -413,30 +393,3 @@ class SurgeryHooks:
                     found=repr(other),
                     write="another name, or hooks.remove() first",
                 )
-
-
-def _checked_step(step: Any) -> int:
-    if type(step) is int and step >= 0:
-        return step
-    traced = isinstance(step, jax.core.Tracer)
-    raise StepError(
-        "`step` is a Python int of at least 0: what `state.step` holds.",
-        found="a traced value (the call is inside jit)" if traced else f"{step!r} ({type(step).__name__})",
-        write="a call outside of the jitted step" if traced else "a counter of your own: step += 1; hooks(step, state)",
-    )
-
-
-def _check_concrete(state: Any) -> None:
-    if checks.concrete(state):
-        return
-    raise StateError(
-        "Hooks edit a state that has values; this one is traced (the call is inside jit) or abstract.",
-        found=type(state).__name__,
-        write="a call outside of the jitted step, or fsh.operate, which works on both",
-    )
-
-
-def _step_of(state: Any) -> int:
-    if not hasattr(state, "step"):
-        raise StateError("The state has no `step`.", found=type(state).__name__, write="step=...")
-    return int(state.step)

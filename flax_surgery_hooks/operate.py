@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_surgery_hooks import checks, rules
-from flax_surgery_hooks import operation as ops
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
 from flax_surgery_hooks.errors import InputError, RefusedError
 from flax_surgery_hooks.ledger import Record
-from flax_surgery_hooks.operation import Fire, Operation, Unit
+from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows, units
+from flax_surgery_hooks.perform import examine, perform
 from flax_surgery_hooks.programs import Arrays, Measured, Programs, choose, judge, verdict
 from flax_surgery_hooks.selection import Patterns, select
 from flax_surgery_hooks.slots import slots_of
@@ -85,7 +85,7 @@ def operate(
     arrays = [arrays_of(unit, parts) for unit in plan]
     given = (arrays, key, step, traced_inputs)
     if checks.concrete(given):
-        fires = [ops.fire_for(unit, key, jnp.asarray(step, jnp.int32), traced_inputs) for unit in plan]
+        fires = [fire_for(unit, key, jnp.asarray(step, jnp.int32), traced_inputs) for unit in plan]
         outcome = run(_programs(operation), plan, arrays, fires, may_reshape=True)
         if outcome.ok is not None and not bool(outcome.ok):
             raise RefusedError(
@@ -194,7 +194,7 @@ def plan_units(operation: Operation, parts: Parts) -> list[Unit]:
       SelectionError, SlotError, StateError: as their names say.
     """
     slots = {} if operation.rules.only_keeps else slots_of(parts.tx, parts.opt_state, parts.params)
-    return ops.units(operation, parts.params, slots)
+    return units(operation, parts.params, slots)
 
 
 def arrays_of(unit: Unit, parts: Parts) -> Arrays:
@@ -247,10 +247,10 @@ def _run_traced(
     operation: Operation, plan: Sequence[Unit], arrays: Sequence[Arrays], key: Any, step: Any, inputs: dict[str, Any]
 ) -> Outcome:
     """`run` inside a trace: one graph, whose rules are chosen on random values of the same shapes."""
-    fires = [ops.fire_for(unit, key, jnp.asarray(step, jnp.int32), inputs) for unit in plan]
+    fires = [fire_for(unit, key, jnp.asarray(step, jnp.int32), inputs) for unit in plan]
     in_place = tuple(map(functools.partial(_examine_abstractly, operation), plan, arrays, fires))
     edited = [
-        ops.perform(operation, unit, one.params, one.slots, fire, in_place=stays)
+        perform(operation, unit, one.params, one.slots, fire, in_place=stays)
         for unit, one, fire, stays in zip(plan, arrays, fires, in_place, strict=True)
     ]
     changes = [(each.params_change, each.slots_change) for each in edited]
@@ -276,13 +276,13 @@ def _run_abstractly(operation: Operation, plan: Sequence[Unit], *given: Any) -> 
 
 
 def _examine_abstractly(operation: Operation, unit: Unit, arrays: Arrays, fire: Fire) -> bool:
-    if not ops.follows(operation, unit):
+    if not follows(operation, unit):
         return False
     with jax.ensure_compile_time_eval():
         params = tuple(_stand_in(place, leaf) for place, leaf in enumerate(arrays.params))
         key = None if fire.key is None else jax.random.key(0)
         inputs = jax.tree.map(functools.partial(_stand_in, 1_000), fire.inputs)
-        return ops.examine(operation, unit, params, Fire(key, jnp.int32(1), inputs, fire.hashes))
+        return examine(operation, unit, params, Fire(key, jnp.int32(1), inputs, fire.hashes))
 
 
 def _stand_in(seed: int, leaf: Any) -> Any:

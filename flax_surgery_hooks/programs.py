@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from flax_surgery_hooks import operation as ops
 from flax_surgery_hooks.errors import StructureError, SurgeryError
 from flax_surgery_hooks.metrics import Change, FireFigures
-from flax_surgery_hooks.operation import Fire, Operation, Unit
+from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
+from flax_surgery_hooks.perform import Edited, examine, perform
 
 ANY_LEAF = "<leaf>"
 """Stands for the path of a leaf in programs that serve many."""
@@ -77,8 +77,8 @@ class Programs:
             with _own_path(unit):
                 placed = _relabelled(arrays)
                 in_place = False
-                if ops.follows(self.operation, common):
-                    in_place = ops.examine(self.operation, common, placed.params, fire)
+                if follows(self.operation, common):
+                    in_place = examine(self.operation, common, placed.params, fire)
                 edited = jax.eval_shape(functools.partial(self._edit, common, in_place), placed, fire)
                 if not may_reshape:
                     self._check_shapes(common, arrays, edited)
@@ -136,8 +136,8 @@ class Programs:
             self.compiled[signature] = first, second
         return self.compiled[signature]
 
-    def _edit(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any = None) -> ops.Edited:
-        return ops.perform(self.operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds)
+    def _edit(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any = None) -> Edited:
+        return perform(self.operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds)
 
     def _measure(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire) -> Measured:
         edited = self._edit(unit, in_place, arrays, fire)
@@ -148,7 +148,7 @@ class Programs:
         new = Arrays(edited.params, edited.slots)
         return new if ok is None else choose(ok, new, arrays)
 
-    def _check_shapes(self, unit: Unit, arrays: Arrays, edited: ops.Edited) -> None:
+    def _check_shapes(self, unit: Unit, arrays: Arrays, edited: Edited) -> None:
         for path, old, new in zip(unit.paths, arrays.params, edited.params, strict=True):
             if np.shape(old) != new.shape:
                 raise StructureError(
@@ -166,7 +166,7 @@ def choose(ok: Any, new: Arrays, old: Arrays) -> Arrays:
     def one(after: jax.Array, before: Any) -> jax.Array:
         if after.shape != np.shape(before):
             return after
-        return ops.like(jnp.where(ok, after, before), before)
+        return like(jnp.where(ok, after, before), before)
 
     return Arrays(*jax.tree.map(one, tuple(new), tuple(old)))
 

@@ -1,7 +1,7 @@
 """Several sums over the same arrays in one pass.
 
-XLA on CPU runs one loop over the data for each sum, and keeps what several of them share as whole arrays. One reduction of
-many operands is one loop, and keeps nothing.
+XLA on CPU runs one loop over the data for each sum, and keeps what several of them share as whole arrays. One reduction
+of many operands is one loop, and keeps nothing.
 """
 
 from __future__ import annotations

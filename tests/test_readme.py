@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import doctest
-import importlib
 import itertools
 import pathlib
 import re
 import shlex
-import sys
 import tomllib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
+import optax
 import pytest
 
 import flax_surgery_hooks as fsh
@@ -40,28 +39,45 @@ class Writer:
         pass
 
 
+class Network(nn.Module):
+    """The layers of the digits network, fewer units."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(2, (3, 3))(x))
+        x = nn.relu(nn.Conv(2, (3, 3))(x))
+        return nn.Dense(10)(nn.relu(nn.Dense(8)(x.reshape(x.shape[0], -1))))
+
+
 @pytest.fixture
 def namespace(tmp_path: pathlib.Path) -> dict[str, Any]:
-    """What the README's train loop has: the digits network, its optimizer and a step."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        digits = importlib.import_module("digits")
-    finally:
-        sys.path.pop(0)
-    config = ml_collections.ConfigDict(
-        {"seed": 0, "num_steps": 1_000, "learning_rate": 1e-3, "end_learning_rate": 1e-4, "warmup_steps": 10}
-    )
-    config.weight_decay = 1e-3
-    rng = np.random.default_rng(0)
-    batch = digits.Split(rng.random((2, 8, 8, 1), np.float32), np.array([0, 1]))
+    """What the README's train loop has: a network, its optimizer and a step."""
+    network = Network()
+    images = jax.random.uniform(jax.random.key(1), (2, 4, 4, 1))
+
+    def init_params(key):
+        return network.init(key, images)["params"]
+
+    @jax.jit
+    def train_step(state, batch):
+        def loss(params):
+            logits = state.apply_fn({"params": params}, batch)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(2)).mean()
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
     return {
-        "state": digits.create_state(config),
-        "train_step": lambda state, batch: digits.train_step(state, batch)[0],
-        "batches": itertools.repeat(batch),
+        "state": fsh.TrainState.create(
+            apply_fn=network.apply,
+            params=init_params(jax.random.key(0)),
+            tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+        ),
+        "train_step": train_step,
+        "batches": itertools.repeat(images),
         "num_steps": 1_000,
         "writer": Writer(),
         "workdir": tmp_path,
-        "init_params": digits.init_params,
+        "init_params": init_params,
         "jax": jax,
         "jnp": jnp,
         "ml_collections": ml_collections,

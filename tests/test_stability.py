@@ -115,10 +115,8 @@ SURGERIES = {
 RULES = ("carry", "transport", "keep", "reset")
 
 
-def fire(state: Any, name: str, rule: str | None = None) -> Any:
-    hooks = fsh.SurgeryHooks()
-    hooks.add(name, SURGERIES[name], params="**/kernel", when=fsh.at(1), opt_state=rule)
-    return hooks.fire(name, state, step=1)
+def fire(state: Any, name: str) -> Any:
+    return fsh.operate(state, SURGERIES[name], params="**/kernel", key=jax.random.key(0))[0]
 
 
 @pytest.mark.parametrize("name", SURGERIES)

@@ -117,7 +117,8 @@ def init(key):
 
 
 def test_reinit_draws_what_the_model_draws_under_the_documented_key():
-    state = fsh.TrainState.create(apply_fn=Net().apply, params=init(jax.random.key(0)), tx=MOMENTUM)
+    shapes = jax.eval_shape(init, KEY)
+    state = make_state(0, **jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes))
     hooks = make_hooks(Reinit(init), params="Dense_1/*", name="reborn", seed=5, options={})
     after = hooks(3, state.replace(step=3))
     key = jax.random.key(5, impl="threefry2x32")

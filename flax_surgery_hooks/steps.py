@@ -1,0 +1,77 @@
+"""Steps as trainers give them: train steps applied so far, what `state.step` holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_surgery_hooks import checks
+from flax_surgery_hooks.errors import StateError, StepError
+
+
+def check_first_step(step: int, state: Any) -> None:
+    """Compares the trainer's step with the state's own; waits for the device once.
+
+    Raises:
+      StateError: the state is replicated for pmap.
+      StepError: the two differ.
+    """
+    held = getattr(state, "step", None)
+    if held is None:
+        return
+    if jnp.ndim(held) == 1:
+        raise StateError(
+            "The state is replicated for pmap: every leaf has a leading device axis.",
+            found=f"state.step of shape {list(jnp.shape(held))}",
+            write="hooks(step, flax.jax_utils.unreplicate(state)), then flax.jax_utils.replicate",
+        )
+    if int(held) != step:
+        raise StepError(
+            "`step` must be what `state.step` holds: train steps applied so far.",
+            found=f"step {step}, state.step {int(held)}",
+            write="hooks(step + 1, state)" if int(held) == step + 1 else f"hooks({int(held)}, state)",
+        )
+
+
+def checked_step(step: Any) -> int:
+    """`step` if it is a Python int of at least 0.
+
+    Raises:
+      StepError: it is not.
+    """
+    if type(step) is int and step >= 0:
+        return step
+    traced = isinstance(step, jax.core.Tracer)
+    raise StepError(
+        "`step` is a Python int of at least 0: what `state.step` holds.",
+        found="a traced value (the call is inside jit)" if traced else f"{step!r} ({type(step).__name__})",
+        write="a call outside of the jitted step" if traced else "a counter of your own: step += 1; hooks(step, state)",
+    )
+
+
+def check_concrete(state: Any) -> None:
+    """Raises unless every leaf of the state has a value now.
+
+    Raises:
+      StateError: a leaf is traced or abstract.
+    """
+    if checks.concrete(state):
+        return
+    raise StateError(
+        "Hooks edit a state that has values; this one is traced (the call is inside jit) or abstract.",
+        found=type(state).__name__,
+        write="a call outside of the jitted step, or fsh.operate, which works on both",
+    )
+
+
+def step_of(state: Any) -> int:
+    """What `state.step` holds; waits for the device.
+
+    Raises:
+      StateError: the state has none.
+    """
+    if not hasattr(state, "step"):
+        raise StateError("The state has no `step`.", found=type(state).__name__, write="step=...")
+    return int(state.step)
