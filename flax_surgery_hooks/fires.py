@@ -17,14 +17,24 @@ from absl import logging
 from flax_surgery_hooks.errors import RefusedError
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
-from flax_surgery_hooks.operate import arrays_of, commit, needs_key, plan_units, record_of, run
+from flax_surgery_hooks.operate import arrays_of, needs_key, plan_units, record_of, run, run_abstractly
+from flax_surgery_hooks.operate import commit as put_outcome
 from flax_surgery_hooks.operation import Operation, fire_for
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.programs import Programs
+from flax_surgery_hooks.structure import Reshape, shapes
 from flax_surgery_hooks.surgery import path_hash
-from flax_surgery_hooks.train_state import Parts, take_apart
+from flax_surgery_hooks.train_state import take_apart
 
 ON_ERROR = ("raise", "skip")
+
+
+def foresee(operation: Operation, state: Any, key: Any, inputs: dict[str, Any], reshape: Reshape) -> Any:
+    """The state after a fire, abstractly: raises whatever a fire on leaves of these shapes would."""
+    parts = take_apart(state)
+    plan = plan_units(operation, parts)
+    outcome = run_abstractly(operation, plan, [arrays_of(unit, parts) for unit in plan], key, jnp.int32(0), inputs)
+    return reshape.replaced(put_outcome(state, parts, plan, outcome))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +45,13 @@ class Fired:
       record: the "fired" record, without id.
       figures: figures on the device.
       ok: the guard's verdict on the device, or None without guard.
+      reshaped: whether leaves changed shape.
     """
 
     record: Record
     figures: dict[str, jax.Array]
     ok: Any
+    reshaped: bool = False
 
 
 def fire_key(operation: Operation, seed: int, name: str, step: int, count: int) -> jax.Array | None:
@@ -59,28 +71,43 @@ def _folded(seed: int, name: Any, step: Any, count: int) -> jax.Array:
     return jax.random.fold_in(key, count) if count else key
 
 
-def prepare(programs: Programs, parts: Parts, key: Any, step: int, inputs: dict[str, Any]) -> None:
+def prepare(programs: Programs, state: Any, key: Any, step: int, inputs: dict[str, Any], reshape: Reshape) -> None:
     """Raises whatever a fire on this state would raise, and edits nothing."""
+    parts = take_apart(state)
+    reshape.check(state)
     for unit in plan_units(programs.operation, parts):
         fire = fire_for(unit, key, jnp.int32(step), inputs)
-        programs.prepare(unit, arrays_of(unit, parts), fire, may_reshape=False)
+        programs.prepare(unit, arrays_of(unit, parts), fire, may_reshape=reshape.declared)
 
 
 def fire(
-    programs: Programs, state: Any, key: Any, step: int, inputs: dict[str, Any], *, commit: bool = True
+    programs: Programs,
+    state: Any,
+    key: Any,
+    step: int,
+    inputs: dict[str, Any],
+    reshape: Reshape,
+    *,
+    commit: bool = True,
 ) -> tuple[Any, Fired]:
-    """Fires one operation on a concrete state. Waits for nothing; without `commit` the state comes back as it was."""
+    """Fires one operation on a concrete state; without `commit` the state comes back as it was.
+
+    Waits for nothing, unless shapes change: then for the guard's verdict.
+    """
     parts = take_apart(state)
     plan = plan_units(programs.operation, parts)
     arrays = [arrays_of(unit, parts) for unit in plan]
     fires = [fire_for(unit, key, jnp.int32(step), inputs) for unit in plan]
-    outcome = run(programs, plan, arrays, fires, may_reshape=False, commit=commit)
-    record = record_of(programs.operation, plan, outcome)
+    outcome = run(programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit)
+    before = shapes(state.params)
+    if commit:
+        state = put_outcome(state, parts, plan, outcome)
+    reshaped = shapes(state.params) != before
+    if reshaped:
+        state = reshape.replaced(state)
     figures = outcome.figures if programs.operation.figures else {}
-    return (_committed(state, parts, plan, outcome) if commit else state), Fired(record, figures, outcome.ok)
-
-
-_committed = commit
+    record = record_of(programs.operation, plan, outcome)
+    return state, Fired(record, figures, outcome.ok, reshaped)
 
 
 def read(figures: dict[str, Any]) -> dict[str, float]:

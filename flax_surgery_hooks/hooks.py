@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from flax_surgery_hooks import fires, rules
+from flax_surgery_hooks.ahead import Hook, check_ahead
 from flax_surgery_hooks.errors import HookError, ScheduleError, StateError, StepError, located
 from flax_surgery_hooks.fires import Fired, Settler
 from flax_surgery_hooks.ledger import Ledger, Record
@@ -19,31 +20,13 @@ from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.selection import Patterns
 from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
+from flax_surgery_hooks.structure import Reshape
 from flax_surgery_hooks.surgery import path_hash
-from flax_surgery_hooks.train_state import take_apart
+from flax_surgery_hooks.train_state import written
 
 NEVER = float("inf")
 _NO_STATE: Any = object()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One registered hook.
-
-    Attributes:
-      name: its unique name.
-      operation: what it does to a state.
-      when: at which steps.
-      priority: hooks due at one step fire from the highest to the lowest.
-      order: number of its registration, which decides between equal priorities.
-    """
-
-    name: str
-    operation: Operation
-    when: Schedule
-    priority: int
-    order: int
 
 
 class SurgeryHooks:
@@ -140,6 +123,9 @@ class SurgeryHooks:
         guard: str = "finite",
         figures: bool = True,
         priority: int = 0,
+        apply_fn: Callable[..., Any] | None = None,
+        tx: Any = None,
+        on_reshape: Callable[[Any, Record], Any] | None = None,
     ) -> None:
         """Registers a hook.
 
@@ -155,6 +141,9 @@ class SurgeryHooks:
           guard: "finite": a result with new non-finite values is not applied; "off".
           figures: whether changes are measured and written.
           priority: hooks due at the same step fire from the highest to the lowest, then as registered.
+          apply_fn: for a surgery that changes shapes: the model function that goes with the new ones.
+          tx: likewise the optimizer, if it has to be another object; its states must have the same structure.
+          on_reshape: likewise `on_reshape(state, record) -> None or a state`, for what the trainer has to rebuild.
 
         Raises:
           HookError: the name is taken or malformed.
@@ -172,7 +161,8 @@ class SurgeryHooks:
                 surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
                 figures=bool(figures),
             )  # fmt: skip
-        self._hooks[name] = Hook(name, operation, when, priority, self._registered)
+        reshape = Reshape(apply_fn, tx, on_reshape)
+        self._hooks[name] = Hook(name, operation, when, priority, self._registered, reshape)
         self._programs[name] = {}
         self._unchecked.add(name)
         self._registered += 1
@@ -240,6 +230,7 @@ class SurgeryHooks:
         hook, step = self._get(name), step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
         state, fired = self._fire(hook, state, step, inputs)
+        state = written(state)
         self._record([fired])
         return state
 
@@ -272,10 +263,13 @@ class SurgeryHooks:
                 found=f"step {step} after {self._last}",
                 write="one call for each value of state.step; a new SurgeryHooks to run the steps again",
             )
-        if not self._started:
+        starts = not self._started
+        if starts:
             self._start(step, state)
         for name in sorted(self._unchecked, key=list(self._hooks).index):
             self._check(self._hooks[name], state, inputs)
+        if starts:
+            check_ahead(self._ordered(), int(self._last), state, inputs, self.seed)
         self._settler.settle(step)
         fired: list[Fired] = []
         counts = dict(self._counts)
@@ -285,6 +279,7 @@ class SurgeryHooks:
                 if due:
                     state, one = self._fire(hook, state, step, inputs, passed=self._passed(hook, due, step))
                     fired.append(one)
+            state = written(state) if fired else state
         except BaseException:
             self._counts = counts  # nothing of this call happened: the caller keeps the state it passed
             raise
@@ -310,7 +305,7 @@ class SurgeryHooks:
         with located(hook=hook.name):
             operation, arrays = bind_inputs(hook.operation, inputs)
             key = fires.fire_key(operation, self.seed, hook.name, 0, 0)
-            fires.prepare(self._compiled(hook, operation), take_apart(state), key, 0, arrays)
+            fires.prepare(self._compiled(hook, operation), state, key, 0, arrays, hook.reshape)
         self._unchecked.discard(hook.name)
 
     def _fire(
@@ -327,13 +322,16 @@ class SurgeryHooks:
             operation, arrays = bind_inputs(hook.operation, inputs)
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)
-            state, fired = fires.fire(self._compiled(hook, operation), state, key, step, arrays, commit=commit)
+            programs = self._compiled(hook, operation)
+            state, fired = fires.fire(programs, state, key, step, arrays, hook.reshape, commit=commit)
+            seconds = time.perf_counter() - start
+            record = replace(fired.record, hook=hook.name, step=step, passed=passed, seconds=seconds)
+            if fired.reshaped:
+                state = hook.reshape.finish(state, record)
+                self._unchecked.update(name for name, other in self._hooks.items() if other.when.next_step(step))
         if commit:
             self._counts = {at: n for at, n in self._counts.items() if at[1] >= step} | {(hook.name, step): count + 1}
-        seconds = time.perf_counter() - start
-        return state, replace(
-            fired, record=replace(fired.record, hook=hook.name, step=step, passed=passed, seconds=seconds)
-        )
+        return state, replace(fired, record=record)
 
     def _compiled(self, hook: Hook, operation: Operation) -> Programs:
         by_static = self._programs[hook.name]

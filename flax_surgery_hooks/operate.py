@@ -80,7 +80,8 @@ def operate(
     operation, traced_inputs = bind_inputs(operation, inputs or {})
     if key is None and "key" in (*operation.edit.wants, *operation.edit.fold_wants):
         raise InputError(f"The surgery {operation.edit.name} draws random numbers.", write="key=jax.random.key(0)")
-    step = getattr(state, "step", 0) if step is None else step
+    step = getattr(state, "step", None) if step is None else step
+    step = 0 if step is None else step  # a state may have none
     plan = plan_units(operation, parts)
     arrays = [arrays_of(unit, parts) for unit in plan]
     given = (arrays, key, step, traced_inputs)
@@ -94,7 +95,7 @@ def operate(
                 write="an edit that is finite on these leaves, or guard='off'",
             )
     elif any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(given)):
-        outcome = _run_abstractly(operation, plan, *given)
+        outcome = run_abstractly(operation, plan, *given)
     else:
         outcome = _run_traced(operation, plan, *given)
     return commit(state, parts, plan, outcome), record_of(
@@ -236,6 +237,8 @@ def run(
         measured = [programs.measure(*each) for each in zip(plan, arrays, fires, in_place, strict=True)]
         ok, figures = verdict(measured)
         ok = ok if operation.guard != "off" else None
+    if ok is not None and programs.reshapes and commit:
+        commit = bool(ok)  # old and new values have no common shape to choose between: wait for the verdict
     new = list(arrays)
     if commit:
         seeds = [one.seeds for one in measured] if measured else [None] * len(plan)
@@ -263,7 +266,7 @@ def _run_traced(
     return Outcome(new, figures, ok, in_place)
 
 
-def _run_abstractly(operation: Operation, plan: Sequence[Unit], *given: Any) -> Outcome:
+def run_abstractly(operation: Operation, plan: Sequence[Unit], *given: Any) -> Outcome:
     """`_run_traced` by `jax.eval_shape`, which would make an abstract array of `in_place` too."""
     in_place: list[tuple[bool, ...]] = []
 

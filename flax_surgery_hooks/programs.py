@@ -55,6 +55,7 @@ class Programs:
         self.compiled: dict[Hashable, tuple[Any, Any]] = {}
         self._examined: dict[Hashable, bool] = {}
         self._shapes: dict[Hashable, Any] = {}
+        self._reshapes = False
 
     def prepare(self, unit: Unit, arrays: Arrays, fire: Fire, *, may_reshape: bool) -> bool:
         """Finds everything that can be wrong with editing a unit, once per signature; runs no edit.
@@ -82,9 +83,15 @@ class Programs:
                 edited = jax.eval_shape(functools.partial(self._edit, common, in_place), placed, fire)
                 if not may_reshape:
                     self._check_shapes(common, arrays, edited)
+            self._reshapes |= any(np.shape(a) != b.shape for a, b in zip(arrays.params, edited.params, strict=True))
             self._examined[signature] = in_place
             self._shapes[signature] = [leaf.shape for leaf in (*edited.params, *edited.slots)]
         return self._examined[signature]
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether any unit prepared so far changes the shape of a leaf."""
+        return self._reshapes
 
     def measure(self, unit: Unit, arrays: Arrays, fire: Fire, in_place: bool) -> Measured:
         """The first pass: figures and seeds, nothing edited."""
@@ -152,11 +159,11 @@ class Programs:
         for path, old, new in zip(unit.paths, arrays.params, edited.params, strict=True):
             if np.shape(old) != new.shape:
                 raise StructureError(
-                    f"The surgery {self.operation.edit.name} changes the shape of a leaf; a hook's edits keep shapes.",
+                    f"The surgery {self.operation.edit.name} changes the shape of a leaf, and the hook brings nothing "
+                    "for that.",
                     path=path,
                     found=f"{list(np.shape(old))} -> {list(new.shape)}",
-                    write="fsh.operate(state, surgery, ...) between two train steps, and rebuild what depends "
-                    "on shapes",
+                    write="apply_fn= for the new shapes, and on_reshape= for what the trainer has to rebuild",
                 )
 
 
