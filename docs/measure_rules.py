@@ -8,6 +8,7 @@ of examples/digits.py; a plain network under plain Adam is measured beside it. N
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -32,6 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "docs")]
 digits: Any = importlib.import_module("digits")
 report: Any = importlib.import_module("rules_report")
+picture: Any = importlib.import_module("rules_plot")
 
 RULES = ("carry", "keep", "transport", "reset")
 NO_EDIT = "no edit"
@@ -139,6 +141,12 @@ def init_params(model: nn.Module, key: jax.Array) -> Any:
     return model.init(key, jnp.zeros((1, 8, 8, 1)))["params"]
 
 
+@functools.cache
+def reinit_surgery(model: nn.Module) -> fsh.surgeries.Reinit:
+    """The same object for the same network, so that its programs are compiled once."""
+    return fsh.surgeries.Reinit(init=lambda key: init_params(model, key))
+
+
 @jax.jit
 def unit_updates(state: Any) -> Any:
     """Size of the last update of every element in units of the learning rate, before weight decay."""
@@ -185,7 +193,9 @@ class Runs:
         return states, {"loss": _read(losses), "accuracy": self.accuracy(state)}
 
     def normalize(self, state: Any, rule: str) -> dict[str, Any]:
-        """Losses from the first fire on, mean size of the kernel's updates in the window after it, and accuracy."""
+        """Losses from the first fire on, mean size of the kernel's updates in the window after it, the kernel's norm
+        before the last fire, and accuracy.
+        """
         losses: list[jax.Array] = []
         sizes: list[float] = []
 
@@ -193,17 +203,17 @@ class Runs:
             sizes.append(float(flatten_dict(unit_updates(state), sep="/")[self.case.kernel].mean()))
 
         for fire in range(self.plan.every, self.plan.num_steps, self.plan.every):
-            state, _ = fsh.operate(state, fsh.surgeries.Normalize(), params=self.case.kernel, opt_state=rule)
+            state, record = fsh.operate(state, fsh.surgeries.Normalize(), params=self.case.kernel, opt_state=rule)
             middle, end = fire + self.plan.window, min(fire + self.plan.every, self.plan.num_steps)
             state, more = self.train(state, range(fire, middle), None if losses else watch)
             state, rest = self.train(state, range(middle, end))
             losses += [*more, *rest]
-        return {"loss": _read(losses), "size": np.mean(sizes), "accuracy": self.accuracy(state)}
+        norm = float(record.figures["params/norm_before"])
+        return {"loss": _read(losses), "size": np.mean(sizes), "norm": norm, "accuracy": self.accuracy(state)}
 
     def reinit(self, state: Any, layer: str, fresh: str) -> dict[str, np.ndarray]:
         """Losses after a layer started anew, and 99th percentiles of update sizes, fresh and untouched elements."""
-        surgery = fsh.surgeries.Reinit(init=lambda key: init_params(self.case.model, key))
-        key = jax.random.key(1_000 + self.seed)
+        surgery, key = reinit_surgery(self.case.model), jax.random.key(1_000 + self.seed)
         state, _ = fsh.operate(state, surgery, params=f"{layer}/*", fresh=fresh, key=key)
         percentiles: list[tuple[float, float]] = []
 
@@ -259,7 +269,7 @@ def main() -> None:
     docs = ROOT / "docs"
     (docs / "rules.json").write_text(report.dump(figures))
     (docs / "images").mkdir(exist_ok=True)
-    report.draw(docs / "images" / "rules.png", curves, plan.every, plan.window)
+    picture.draw(docs / "images" / "rules.png", curves, plan.every, plan.window)
     page = docs / "rules.md"
     page.write_text(report.fill(page.read_text(), figures))
     print(*report.blocks(figures).values(), sep="\n\n")

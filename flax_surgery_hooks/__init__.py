@@ -7,7 +7,17 @@ from flax_surgery_hooks import config as config
 from flax_surgery_hooks import errors as errors
 from flax_surgery_hooks import metrics as metrics
 from flax_surgery_hooks import surgeries as surgeries
+from flax_surgery_hooks.adapters import bind as bind
+from flax_surgery_hooks.adapters import bind_nnx as bind_nnx
 from flax_surgery_hooks.config import register_surgery as register_surgery
+from flax_surgery_hooks.derived_schedules import at_epochs as at_epochs
+from flax_surgery_hooks.derived_schedules import at_fraction as at_fraction
+from flax_surgery_hooks.derived_schedules import cooldown as cooldown
+from flax_surgery_hooks.derived_schedules import every_epochs as every_epochs
+from flax_surgery_hooks.derived_schedules import every_fraction as every_fraction
+from flax_surgery_hooks.derived_schedules import every_updates as every_updates
+from flax_surgery_hooks.derived_schedules import first as first
+from flax_surgery_hooks.derived_schedules import last as last
 from flax_surgery_hooks.errors import SurgeryError as SurgeryError
 from flax_surgery_hooks.hooks import SurgeryHooks as SurgeryHooks
 from flax_surgery_hooks.ledger import Ledger as Ledger

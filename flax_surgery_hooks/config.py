@@ -6,16 +6,13 @@ Everything that is wrong with a config is one `ConfigError` that lists all probl
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
-import operator
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
 
-from flax_surgery_hooks.config_fields import MISMATCH, Field, fields_of, is_mapping
+from flax_surgery_hooks.config_fields import MISMATCH, Field, fields_of, is_mapping, is_surgery_config
+from flax_surgery_hooks.config_hook import HookFields, HookSpec, check_choices, check_selection, schedule
 from flax_surgery_hooks.config_reading import (
     Report,
     check_keys,
@@ -27,107 +24,17 @@ from flax_surgery_hooks.config_reading import (
     told,
     typed,
 )
-from flax_surgery_hooks.errors import ConfigError, shorten
-from flax_surgery_hooks.paths import listed
-from flax_surgery_hooks.rules import FRESH, GUARDS, check_choice, slot_rules
-from flax_surgery_hooks.schedules import Schedule, at, every
-from flax_surgery_hooks.selection import select
+from flax_surgery_hooks.config_registry import find_class
+from flax_surgery_hooks.config_registry import register_surgery as register_surgery
+from flax_surgery_hooks.config_writing import written
 from flax_surgery_hooks.surgery import as_edit
-
-SurgeryClass = TypeVar("SurgeryClass", bound=type)
-
-_registered: dict[str, type] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class HookSpec:
-    """One hook as a config describes it, checked: what `SurgeryHooks.add` takes.
-
-    Attributes:
-      name: the hook's key in the config.
-      surgery: an instance of the registered class.
-      params: glob or globs of the leaves to edit.
-      exclude: glob or globs of the leaves to leave out, or None.
-      expect: how many leaves must be selected, or None for any number.
-      when: the due steps.
-      opt_state: the rule of the slots, a dict of rules by kind, or None for the surgery's default.
-      fresh: what second moments of fresh elements start from.
-      guard: whether a fire that brings in non-finite values is refused.
-      priority: the order among hooks due at one step.
-    """
-
-    name: str
-    surgery: Any
-    params: str | tuple[str, ...]
-    exclude: str | tuple[str, ...] | None
-    expect: int | None
-    when: Schedule
-    opt_state: str | dict[str, str] | None
-    fresh: str
-    guard: str
-    priority: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _HookFields:
-    """The fields of every hook in a config, beside those of its surgery; read like those, by their annotations."""
-
-    surgery: str
-    params: str | tuple[str, ...]
-    exclude: str | tuple[str, ...] | None = None
-    expect: int | None = None
-    at: tuple[int, ...] = ()
-    every: int | None = None
-    start: int = 0
-    stop: int | None = None
-    max_fires: int | None = None
-    opt_state: str | dict[str, str] | None = None
-    fresh: str = "mean"
-    guard: str = "finite"
-    priority: int = 0
-    enabled: bool = True
-
-
-def register_surgery(name: str) -> Callable[[SurgeryClass], SurgeryClass]:
-    """Class decorator: makes a surgery class of yours known to configs under `name`.
-
-    A field of the class is settable in a config by its annotation: `bool`, `int`, `float`, `str`, `Literal`, tuples and
-    dicts of these, and unions. Fields of other types are given to `build` as `objects`. To define the same class again,
-    as a notebook does, replaces it.
-
-    Args:
-      name: what `hook(name)` and `config.surgery.<hook>.surgery` will say.
-
-    Raises:
-      ConfigError: the name is taken or not a string, the class is not a frozen dataclass, its annotations cannot be
-        resolved, or a field has the name of a hook's field or of a method of `ConfigDict`.
-
-    >>> @register_surgery("shift")
-    ... @dataclasses.dataclass(frozen=True)
-    ... class Shift:
-    ...     by: float = 1.0
-    ...     def __call__(self, leaf): return leaf + self.by
-    >>> hook("shift", by=3).by
-    3.0
-    """
-    if not isinstance(name, str) or not name:
-        raise ConfigError("A surgery is registered under a name.", found=repr(name), write='@register_surgery("name")')
-
-    def register(cls: SurgeryClass) -> SurgeryClass:
-        _check_class(name, cls)
-        _check_name(name, cls)
-        _registered[name] = cls
-        return cls
-
-    return register
 
 
 def hook(surgery_name: str, /, **fields: Any) -> ConfigDict:
     """The config of one hook: every field of the hook and of its surgery is there, typed, for the shell to override.
 
-    Hook fields: `params` and `exclude` (a pattern or a tuple of them), `expect`, `at` (a tuple of steps), `every`,
-    `start`, `stop`, `max_fires`, `opt_state` (a rule, or a dict from kind to rule), `fresh`, `guard`, `priority` and
-    `enabled`. None stands for "not set". Copy the result with `copy.deepcopy`: `ConfigDict(other)` shares references.
+    The fields of hooks are those of `config_hook.HookFields`; docs/config.md lists them all. None stands for "not set".
+    Copy the result with `copy.deepcopy`: `ConfigDict(other)` shares references.
 
     Args:
       surgery_name: a built-in surgery in snake case (`"clip_norm"`) or a name given to `register_surgery`.
@@ -141,27 +48,31 @@ def hook(surgery_name: str, /, **fields: Any) -> ConfigDict:
     (1.0, <class 'int'>)
     """
     report = Report(f"hook({surgery_name!r})")
-    cls = _find_class(surgery_name, report)
-    known = fields_of(_HookFields) | (fields_of(cls) if cls is not None else {})
-    given = {"surgery": surgery_name, **fields}
     if "surgery" in fields:
         report.at("surgery").add("the first argument already names the surgery")
-    if cls is not None:
-        check_keys(given, known, report)
-    # An empty reference may be a required one, which cannot be read before it is filled.
-    filled = {key: value for key, value in given.items() if not _is_empty(value)}
-    values = typed(read(filled, resolved, report), known, report)
-    _check_choices(values, report)
-    for key in [key for key in given if key in known and key not in filled]:
-        _check_empty_reference(known[key], given[key], report.at(key))
+    config = written({**fields, "surgery": surgery_name}, fields_of(HookFields), report)
     report.raise_if_any(f"the arguments of {report.path}")
+    return config
 
-    config = ConfigDict()
-    for key, field in known.items():
-        if field.hints:
-            is_given = given.get(key) is not None or (field.optional and key in given)
-            value = values.get(key) if is_given else field.convert(field.or_default(None))
-            config[key] = _entry(field, given.get(key), value)
+
+def surgery(surgery_name: str, /, **fields: Any) -> ConfigDict:
+    """The config of a surgery that stands in a field of another surgery; like `hook`, without the fields of hooks.
+
+    Args:
+      surgery_name: as for `hook`.
+      **fields: values for fields of the surgery; a `FieldReference` stays one.
+
+    Raises:
+      ConfigError: an unknown surgery or field, or a value of the wrong type; all of them at once.
+
+    >>> surgery("scale", factor=2).to_dict()
+    {'factor': 2.0, 'surgery': 'scale'}
+    """
+    report = Report(f"surgery({surgery_name!r})")
+    if "surgery" in fields:
+        report.at("surgery").add("the first argument already names the surgery")
+    config = written({**fields, "surgery": surgery_name}, {"surgery": fields_of(HookFields)["surgery"]}, report)
+    report.raise_if_any(f"the arguments of {report.path}")
     return config
 
 
@@ -227,65 +138,20 @@ def _spec(name: Any, config: Any, objects: _Objects, report: Report) -> HookSpec
         report.add(f"must be the config of a hook, such as hook('scale', ...), found {shown(config)}")
         return None
     given = read(config, resolved, report)
-    cls = _find_class(given.get("surgery"), report)
-    hook_fields, fields = fields_of(_HookFields), fields_of(cls) if cls is not None else {}
+    cls = find_class(given.get("surgery"), report)
+    hook_fields, fields = fields_of(HookFields), fields_of(cls) if cls is not None else {}
     if cls is not None:
         check_keys(given, hook_fields | fields, report)
     values = typed(given, hook_fields | fields, report)
     settings = {key: field.or_default(values.get(key)) for key, field in hook_fields.items()}
-    _check_choices(settings, report)
-    _check_selection(settings, report)
-    when = _schedule(settings, report)
-    surgery = _instance(cls, values, objects, report)
-    if when is None or surgery is None or not settings["enabled"]:
+    check_choices(settings, report)
+    check_selection(settings, report)
+    when = schedule(settings, report)
+    made = _instance(cls, values, objects, report)
+    if when is None or made is None or not settings["enabled"]:
         return None
     kept = {field.name for field in dataclasses.fields(HookSpec)} & settings.keys() - {"surgery"}
-    return HookSpec(name=name, surgery=surgery, when=when, **{key: settings[key] for key in kept})
-
-
-def _check_choices(values: Mapping[str, Any], report: Report) -> None:
-    rules = values.get("opt_state")
-    if isinstance(rules, dict):
-        for kind, rule in rules.items():
-            report.at("opt_state").at(kind).attempt(slot_rules, {kind: rule}, "nothing")
-    elif isinstance(rules, str):
-        report.at("opt_state").attempt(slot_rules, rules, "nothing")
-    for key, choices in (("fresh", FRESH), ("guard", GUARDS)):
-        if isinstance(values.get(key), str):
-            report.at(key).attempt(check_choice, values[key], choices, f"value of `{key}`")
-
-
-def _check_selection(settings: Mapping[str, Any], report: Report) -> None:
-    params, exclude = settings["params"], settings["exclude"]
-    if params is None:
-        report.at("params").add("no parameters are named; write for example '**/kernel', or '**' for all")
-    elif params is not MISMATCH:
-        report.at("params").attempt(select, params)
-    if exclude is not None and exclude is not MISMATCH:
-        report.at("exclude").attempt(select, "**", exclude)
-    if isinstance(settings["expect"], int):
-        report.at("expect").attempt(select, "**", None, settings["expect"])
-
-
-def _schedule(settings: Mapping[str, Any], report: Report) -> Schedule | None:
-    steps, n, start, stop, count = (settings[key] for key in ("at", "every", "start", "stop", "max_fires"))
-    if MISMATCH in (steps, n, start, stop, count):
-        return None
-    if not steps and n is None:
-        report.add("neither `at` nor `every` says when it is due; write at=(1000,) or every=1000")
-    elif n is None:
-        for key, bound in {"start": start or None, "stop": stop}.items():
-            if bound is not None:
-                report.at(key).add(f"bounds `every`, which is not set; found {bound}")
-    parts = [report.at("at").attempt(at, *steps)] if steps else []
-    if n is not None:
-        parts.append(report.at("every").attempt(every, n, start, stop))
-    # Where the schedule is wrong, any other one serves to check `max_fires` all the same.
-    made = [part for part in parts if part is not None] or [every(1)]
-    when = functools.reduce(operator.or_, made)
-    if count is not None:
-        when = report.at("max_fires").attempt(when.max_fires, count)
-    return when if None not in parts else None
+    return HookSpec(name=name, surgery=made, when=when, **{key: settings[key] for key in kept})
 
 
 def _instance(cls: type | None, values: Mapping[str, Any], objects: _Objects, report: Report) -> Any:
@@ -298,12 +164,12 @@ def _instance(cls: type | None, values: Mapping[str, Any], objects: _Objects, re
     if any(value is MISMATCH for value in arguments.values()):
         return None
     try:
-        surgery = cls(**{key: value for key, value in arguments.items() if value is not dataclasses.MISSING})
-        as_edit(surgery)
+        made = cls(**{key: value for key, value in arguments.items() if value is not dataclasses.MISSING})
+        as_edit(made)
     except Exception as error:  # the user's own __post_init__ may raise anything, and the other problems matter too
         report.add(f"{cls.__name__}: {told(error)}", error)
         return None
-    return surgery
+    return made
 
 
 def _argument(field: Field, values: Mapping[str, Any], objects: _Objects, report: Report) -> Any:
@@ -312,7 +178,7 @@ def _argument(field: Field, values: Mapping[str, Any], objects: _Objects, report
     if value is None or value is MISMATCH:
         objects.takers.add(key)
     if value is not None:
-        return value
+        return _filled(field, value, objects, report) if field.nested and value is not MISMATCH else value
     if key in objects.values:
         item = objects.values[key]
         converted = item if field.open else field.convert(item)
@@ -327,95 +193,29 @@ def _argument(field: Field, values: Mapping[str, Any], objects: _Objects, report
     return MISMATCH
 
 
-def _find_class(name: Any, report: Report) -> type | None:
-    known = _builtins() | _registered
-    if isinstance(name, str) and name in known:
-        return known[name]
-    if name is not MISMATCH:
-        what = (
-            "no surgery is named"
-            if name is None
-            else f"unknown surgery {shorten(repr(name), 80)}{did_you_mean(name, known)}"
-        )
-        report.at("surgery").add(f"{what}; known are {listed(sorted(known), limit=60)}")
-    return None
+def _filled(field: Field, value: Any, objects: _Objects, report: Report) -> Any:
+    """The value of a field with the surgeries in it made, `MISMATCH` where one is wrong."""
+    count = len(report.problems)
+    made = _made(value, objects, report.at(field.name))
+    if len(report.problems) > count:
+        return MISMATCH
+    converted = field.convert(made)
+    if converted is MISMATCH:
+        report.at(field.name).add(f"wants {field.wanted}, found {shown(made)}")
+    return converted
 
 
-@functools.cache
-def _builtins() -> dict[str, type]:
-    """The catalogue by snake-case names; imported late, for it is much to import and nothing here depends on it."""
-    catalogue = importlib.import_module("flax_surgery_hooks.surgeries")
-    classes = {name: getattr(catalogue, name) for name in catalogue.__all__}
-    return {
-        _snake_case(name): cls
-        for name, cls in classes.items()
-        if isinstance(cls, type) and dataclasses.is_dataclass(cls)
-    }
-
-
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
-def _check_name(name: str, cls: type) -> None:
-    taken = (_builtins() | _registered).get(name)
-    # A notebook cell that is run again, or a reloaded module, defines the same class anew.
-    if taken is None or (taken.__module__, taken.__qualname__) == (cls.__module__, cls.__qualname__):
-        return
-    raise ConfigError(
-        f"The surgery name {name!r} is taken.", found=f"{taken.__module__}.{taken.__qualname__}", write="another name"
-    )
-
-
-def _check_class(name: str, cls: type) -> None:
-    what = f"The surgery {name!r}"
-    # The class's own dict: a subclass that was not decorated inherits dataclass fields but drops its own annotations.
-    parameters = vars(cls).get("__dataclass_params__") if isinstance(cls, type) else None
-    if parameters is None or not parameters.frozen:
-        raise ConfigError(
-            f"{what} must be a frozen dataclass.",
-            found=getattr(cls, "__qualname__", repr(cls)),
-            write=f'@register_surgery("{name}") above @dataclasses.dataclass(frozen=True) above the class',
-        )
-    try:
-        fields = fields_of(cls)
-    except Exception as error:
-        raise ConfigError(
-            f"{what} has annotations that cannot be resolved.",
-            found=told(error),
-            write="annotations whose names are imported when the module runs, not under TYPE_CHECKING",
-        ) from error
-    clashes = [key for key in fields if key in fields_of(_HookFields)]
-    # The shell's parser reads `config.values` and gets the method.
-    clashes += [key for key, field in fields.items() if field.hints and hasattr(ConfigDict, key)]
-    if clashes:
-        raise ConfigError(
-            f"{what} has fields with names that hooks or ConfigDict already use.",
-            found=listed(clashes),
-            write="other names for these fields",
-        )
-
-
-# --- Writing ConfigDicts.
-
-
-def _entry(field: Field, given: Any, value: Any) -> Any:
-    """What a `ConfigDict` holds for a field: a value whose type the shell's parser can tell, else a typed reference."""
-    if isinstance(given, FieldReference):
-        # A reference to an int would refuse a float from the shell.
-        return given.to_float() if field.stored is float and given.get_type() is int else given
-    if isinstance(given, tuple | list) and any(isinstance(item, FieldReference) for item in given):
-        return tuple(given)
-    value = given if is_mapping(given) else value  # it may hold references
-    value = None if value is MISMATCH else value  # a default such as a function, which no config can hold
-    return value if type(value) is field.stored else FieldReference(value, field_type=field.stored)
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, FieldReference) and value.empty()
-
-
-def _check_empty_reference(field: Field, given: FieldReference, report: Report) -> None:
-    allowed = (field.stored, int) if field.stored is float else (field.stored,)
-    if field.stored is not object and given.get_type() not in allowed:
-        report.add(f"wants {field.wanted}, found an empty reference of type {given.get_type().__name__}")
+def _made(value: Any, objects: _Objects, report: Report) -> Any:
+    """`value` with each config of a surgery in it replaced by the surgery."""
+    if is_surgery_config(value):
+        cls = find_class(value["surgery"], report)
+        fields = fields_of(cls) if cls is not None else {}
+        known = {"surgery": fields_of(HookFields)["surgery"], **fields}
+        if cls is not None:
+            check_keys(value, known, report)
+        return _instance(cls, typed(value, known, report), objects, report)
+    if isinstance(value, tuple):
+        return tuple(_made(item, objects, report.at(i)) for i, item in enumerate(value))
+    if is_mapping(value):
+        return {key: _made(item, objects, report.at(key)) for key, item in value.items()}
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import numbers
 import types
 import typing
@@ -11,6 +12,8 @@ from typing import Any, Literal, Union
 
 import numpy as np
 from ml_collections import ConfigDict
+
+from flax_surgery_hooks.surgery import Surgery
 
 MISMATCH: Any = object()
 """Stands for a value that cannot become what its field holds; None cannot, for it means "not set"."""
@@ -35,6 +38,11 @@ class Field:
     optional: bool
     open: bool
     default: Any
+
+    @property
+    def nested(self) -> bool:
+        """Whether another surgery can stand here."""
+        return any(_holds_surgery(hint) for hint in self.hints)
 
     @property
     def stored(self) -> type:
@@ -92,6 +100,19 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (Union, types.UnionType)
 
 
+def _is_surgery(hint: Any) -> bool:
+    """Whether an annotation means a surgery: `Surgery`, or a dataclass that can be called."""
+    if not inspect.isclass(hint) or typing.get_args(hint):
+        return False
+    return hint is Surgery or (
+        dataclasses.is_dataclass(hint) and any("__call__" in vars(base) for base in hint.__mro__)
+    )
+
+
+def _holds_surgery(hint: Any) -> bool:
+    return _is_surgery(hint) or any(_holds_surgery(argument) for argument in typing.get_args(hint))
+
+
 def _is_settable(hint: Any) -> bool:
     """Whether values of this annotation can stand in a config."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -99,7 +120,7 @@ def _is_settable(hint: Any) -> bool:
         return all(type(choice) in _SCALARS for choice in arguments)
     if origin in (tuple, dict) or _is_union(hint):
         return all(_is_settable(argument) for argument in arguments if argument is not Ellipsis)
-    return any(hint is known for known in (*_SCALARS, tuple, dict, types.NoneType))
+    return _is_surgery(hint) or any(hint is known for known in (*_SCALARS, tuple, dict, types.NoneType))
 
 
 def _stored_as(hint: Any) -> set[type]:
@@ -107,7 +128,8 @@ def _stored_as(hint: Any) -> set[type]:
     if origin is Literal:
         return {type(choice) for choice in arguments}
     kind = origin or hint
-    return {object if kind is dict else kind}  # the flag parser knows no dict, and reads one as a literal
+    # The flag parser knows no dict, and reads one as a literal.
+    return {object if kind is dict or _is_surgery(kind) else kind}
 
 
 def _as_any(value: Any, hints: tuple[Any, ...]) -> Any:
@@ -125,6 +147,9 @@ def _as(value: Any, hint: Any) -> Any:
         matches = any(type(choice) is type(value) and choice == value for choice in arguments)
         return value if matches else MISMATCH
     kind = origin or hint
+    if _is_surgery(kind):
+        fits = is_surgery_config(value) or (callable(value) if kind is Surgery else isinstance(value, kind))
+        return value if fits else MISMATCH
     if kind is tuple and isinstance(value, tuple | list):
         return _as_tuple(value, arguments)
     if kind is dict and is_mapping(value):
@@ -160,9 +185,17 @@ def _as_dict(value: Mapping[Any, Any], hints: tuple[Any, ...]) -> Any:
 def _hint_name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    if _is_surgery(hint):
+        return "a surgery" if hint is Surgery else f"the surgery {hint.__name__}"
+    is_plain = isinstance(hint, type) and not typing.get_args(hint)
+    return hint.__name__ if is_plain else str(hint).replace(f"{Surgery.__module__}.", "")
 
 
 def is_mapping(value: Any) -> bool:
     """Whether `value` is a mapping or a `ConfigDict`, which is none by itself."""
     return isinstance(value, Mapping | ConfigDict)
+
+
+def is_surgery_config(value: Any) -> bool:
+    """Whether `value` is the config of a surgery that stands in a field of another."""
+    return is_mapping(value) and "surgery" in value

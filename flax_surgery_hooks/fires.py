@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import take_apart
 
 ON_ERROR = ("raise", "skip")
+NEVER = sys.maxsize
+"""A step that no run reaches; an int, as comparing one with a float costs more."""
 
 
 def foresee(operation: Operation, state: Any, key: Any, inputs: dict[str, Any], reshape: Reshape) -> Any:
@@ -127,9 +130,9 @@ class Settler:
         self._count = 0
 
     @property
-    def wake(self) -> float:
-        """The step at which the oldest waiting fire wants to be read, infinite if none waits."""
-        return min((_step(one) + self._after for one in self._waiting), default=float("inf"))
+    def wake(self) -> int:
+        """The step at which the oldest waiting fire wants to be read, `NEVER` if none waits."""
+        return min((_step(one) + self._after for one in self._waiting), default=NEVER)
 
     def fired(self, one: Fired) -> None:
         """Writes the "fired" record and keeps the figures for later."""
@@ -140,11 +143,11 @@ class Settler:
 
     def flush(self) -> None:
         """Settles everything and flushes the writer."""
-        self.settle(float("inf"))
+        self.settle(NEVER)
         if self._writer is not None:
             self._writer.flush()
 
-    def settle(self, step: float) -> None:
+    def settle(self, step: int) -> None:
         """Reads the figures of the fires that have waited long enough at this step.
 
         Raises:

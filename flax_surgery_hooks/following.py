@@ -113,7 +113,7 @@ def _call_rule(
     own = None
     if fire.key is not None:
         own = jax.random.fold_in(jax.random.fold_in(fire.key, fire.hashes[position]), zlib.crc32(slot.group.encode()))
-    name = getattr(rule, "__qualname__", type(rule).__qualname__)
+    name = getattr(rule, "__name__", type(rule).__name__)
     try:
         result = rule(value, kind=slot.kind, path=path, old=jnp.asarray(old), new=new, key=own)
     except Exception as error:

@@ -24,8 +24,6 @@ from flax_surgery_hooks.structure import Reshape
 from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import written
 
-NEVER = float("inf")
-_NO_STATE: Any = object()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -56,6 +54,12 @@ class SurgeryHooks:
     [0.5, 0.5]
     """
 
+    # An idle call is a type check and two comparisons of integers; slots make reading these a quarter cheaper.
+    __slots__ = (
+        "_counts", "_hooks", "_last", "_programs", "_registered", "_settler", "_started", "_unchecked", "_wake",
+        "ledger", "seed", "strict_steps",
+    )  # fmt: skip
+
     def __init__(
         self,
         *,
@@ -83,8 +87,8 @@ class SurgeryHooks:
         self._counts: dict[tuple[str, int], int] = {}
         self._registered = 0
         self._started = False
-        self._last: float = -1
-        self._wake: float = -1
+        self._last = -1
+        self._wake = -1
 
     @classmethod
     def from_config(cls, config: Any, *, objects: Mapping[str, Any] | None = None, **kwargs: Any) -> SurgeryHooks:
@@ -100,14 +104,20 @@ class SurgeryHooks:
         """
         from flax_surgery_hooks import config as configs  # the config is an edge; the runner does not need it
 
-        specs = configs.build(config, objects)
         hooks = cls(**kwargs)
-        for spec in specs:
-            hooks.add(
-                spec.name, spec.surgery, params=spec.params, exclude=spec.exclude, expect=spec.expect, when=spec.when,
-                opt_state=spec.opt_state, fresh=spec.fresh, guard=spec.guard, priority=spec.priority,
-            )  # fmt: skip
+        for spec in configs.build(config, objects):
+            hooks.add(**vars(spec))
         return hooks
+
+    def to_config(self, *, objects: Mapping[str, Any] | None = None) -> Any:
+        """The `ConfigDict` from which `from_config` makes these hooks again, given the same `objects`.
+
+        Raises:
+          ConfigError: a hook holds what no config can, such as a plain function as its surgery; it names all of them.
+        """
+        from flax_surgery_hooks import config_export
+
+        return config_export.to_config(self._ordered(), objects)
 
     def add(
         self,
@@ -195,7 +205,7 @@ class SurgeryHooks:
         """The names of all hooks, in the order in which they fire when due at one step."""
         return tuple(hook.name for hook in self._ordered())
 
-    def __call__(self, step: int, state: Any = _NO_STATE, **inputs: Any) -> Any:
+    def __call__(self, step: int, state: Any = None, **inputs: Any) -> Any:
         """Fires what is due. When nothing is, the same state object comes back at the cost of a comparison.
 
         Args:
@@ -209,7 +219,7 @@ class SurgeryHooks:
         Raises:
           SurgeryError: see `flax_surgery_hooks.errors`. The given state is never half-edited.
         """
-        if type(step) is int and self._last < step < self._wake and state is not _NO_STATE:
+        if type(step) is int and self._last < step < self._wake and state is not None:
             self._last = step
             return state
         return self._attend(step, state, inputs)
@@ -249,7 +259,7 @@ class SurgeryHooks:
 
     def _attend(self, step: Any, state: Any, inputs: dict[str, Any]) -> Any:
         """A call on which something has to be done: a check, a fire, figures to be read."""
-        if state is _NO_STATE:
+        if state is None:
             raise StateError(
                 "Hooks edit the state, so they need it and return it.",
                 found="hooks(step)",
@@ -269,13 +279,13 @@ class SurgeryHooks:
         for name in sorted(self._unchecked, key=list(self._hooks).index):
             self._check(self._hooks[name], state, inputs)
         if starts:
-            check_ahead(self._ordered(), int(self._last), state, inputs, self.seed)
+            check_ahead(self._ordered(), self._last, state, inputs, self.seed)
         self._settler.settle(step)
         fired: list[Fired] = []
         counts = dict(self._counts)
         try:
             for hook in self._ordered():
-                due = tuple(hook.when.due_steps(int(self._last), step))
+                due = tuple(hook.when.due_steps(self._last, step))
                 if due:
                     state, one = self._fire(hook, state, step, inputs, passed=self._passed(hook, due, step))
                     fired.append(one)
@@ -361,8 +371,8 @@ class SurgeryHooks:
         if not self._started or self._unchecked:
             self._wake = -1
             return
-        due = (hook.when.next_step(int(self._last)) for hook in self._hooks.values())
-        self._wake = min([NEVER, self._settler.wake, *(step for step in due if step is not None)])
+        due = (hook.when.next_step(self._last) for hook in self._hooks.values())
+        self._wake = min([fires.NEVER, self._settler.wake, *(step for step in due if step is not None)])
 
     def _ordered(self) -> list[Hook]:
         return sorted(self._hooks.values(), key=lambda hook: (-hook.priority, hook.order))

@@ -182,8 +182,13 @@ def _float_dtypes(jaxpr: Any) -> Iterator[Any]:
         dtype = getattr(variable.aval, "dtype", None)
         if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
             yield dtype
-    for inner in core.subjaxprs(jaxpr):
-        yield from _float_dtypes(inner)
+    for value in (value for eqn in jaxpr.eqns for value in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)):
+        if _is_jaxpr(value):
+            yield from _float_dtypes(getattr(value, "jaxpr", value))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
 def _to_bits(array: jax.Array) -> jax.Array:

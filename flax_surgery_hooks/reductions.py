@@ -18,7 +18,8 @@ def sums(values: Sequence[jax.Array], over: Iterable[int]) -> tuple[jax.Array, .
     """The sums of several arrays of one shape over the same axes, which stay as axes of length 1; float32."""
     axes = tuple(over)
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(values[0].shape))
-    zeros = (jnp.zeros((), jnp.float32),) * len(values)
+    # A sum that XLA could fold: of a leaf of constants, at compile time, it would take minutes.
+    zeros = (jax.lax.optimization_barrier(jnp.zeros((), jnp.float32)),) * len(values)
     wide = tuple(value.astype(jnp.float32) for value in values)
     reduced = jax.lax.reduce(wide, zeros, _add_all, axes) if axes else wide
     return tuple(value.reshape(shape) for value in reduced)

@@ -111,4 +111,4 @@ def _check_name(name: Any, known: tuple[str, ...], what: str) -> None:
 
 
 def _rule_name(rule: str | SlotFunction) -> str:
-    return rule if isinstance(rule, str) else getattr(rule, "__qualname__", type(rule).__qualname__)
+    return rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)

@@ -1,6 +1,12 @@
 """When a hook is due: immutable values that answer a pure question, on the host and inside `jax.jit`.
 
-A step is always the value that `state.step` holds: train steps applied so far.
+A step is always the value that `state.step` holds: train steps applied so far. Step 0 is before training: `at(0)` fires
+in `state = hooks(0, state)`, called before the first train step; a loop that begins to call the hooks at step 1 has
+passed it, and is warned.
+
+Under `optax.MultiSteps`, `state.step` still counts train steps, which are micro-steps: with `every_k_schedule=k` the
+parameters change at every k-th of them only. A schedule in optimizer updates is thus `every(n * k)`, or
+`derived_schedules.every_updates(n, micro_steps=k)`; at its steps, no accumulated gradient waits.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from flax_surgery_hooks.errors import ScheduleError, StepError, shorten, typed
 
 
 class Schedule(abc.ABC):
-    """A set of steps, made by `at`, `every`, `|` and `max_fires`.
+    """A set of steps, made by `at`, `every`, `|`, `max_fires` and the functions of `derived_schedules`.
 
     A schedule remembers nothing: asked twice, it answers the same. A subclass gives `_next` and `_traced_is_due`, and
     equality and hash by value; everything else follows.
@@ -133,7 +139,7 @@ class At(Schedule):
     def __post_init__(self):
         if not self.steps:
             raise ScheduleError("A schedule without steps is never due.", found="at()", write="at(100)")
-        steps = sorted({_as_int(step, "A step of `at`", _unpacked(step)) for step in self.steps})
+        steps = sorted({as_int(step, "A step of `at`", _unpacked(step)) for step in self.steps})
         if steps[0] < 0:
             raise ScheduleError("A step of `at` is negative.", found=steps[0], write="at(0) or later steps")
         object.__setattr__(self, "steps", tuple(steps))
@@ -166,7 +172,7 @@ class Every(Schedule):
     stop: int | None = None
 
     def __post_init__(self):
-        n = _as_int(self.n, "`n` of `every`", "every(100)")
+        n = as_int(self.n, "`n` of `every`", "every(100)")
         if n < 1:
             raise ScheduleError("`n` of `every` must be at least 1.", found=n, write="every(100)")
         start = _as_bound(self.start, "start", n)
@@ -235,7 +241,7 @@ class AnyOf(Schedule):
         return functools.reduce(operator.or_, (part._traced_is_due(step) for part in self.parts))
 
     def _until(self, stop: int) -> Schedule | None:
-        return _joined(clipped for part in self.parts if (clipped := part._until(stop)) is not None)
+        return joined(clipped for part in self.parts if (clipped := part._until(stop)) is not None)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AnyOf) and frozenset(self.parts) == frozenset(other.parts)
@@ -248,7 +254,7 @@ class AnyOf(Schedule):
 
 
 def at(*steps: int) -> Schedule:
-    """Due at the given steps; duplicates collapse, and step 0 (nothing trained yet) is allowed.
+    """Due at the given steps; duplicates collapse, and step 0 (nothing trained yet: `hooks(0, state)`) is allowed.
 
     Args:
       *steps: values of `state.step`.
@@ -262,23 +268,43 @@ def at(*steps: int) -> Schedule:
     return At(steps)
 
 
-def every(n: int, start: int = 0, stop: int | None = None, max_fires: int | None = None) -> Schedule:
+def every(
+    n: int, start: int = 0, stop: int | None = None, max_fires: int | None = None, phase: int | None = None
+) -> Schedule:
     """Due at n, 2n, 3n, ... (never at step 0), or with a `start` at start, start + n, start + 2n, ...
 
     Args:
       n: train steps from one due step to the next.
-      start: if not 0, the first due step.
+      start: if not 0, the first due step; with a `phase`, no step before this one is due.
       stop: no step after this one is due; itself it may be.
       max_fires: how many due steps there are at most.
+      phase: if given, due steps are those that leave this remainder when divided by n, wherever `start` is.
 
     Raises:
-      ScheduleError: an argument is negative or not an integer, or the schedule would never be due.
+      ScheduleError: an argument is negative or not an integer, `phase` is not below n, or the schedule would never be
+        due.
 
     >>> list(every(200, start=100, stop=900).due_steps(0, 10_000))
     [100, 300, 500, 700, 900]
+    >>> list(every(200, phase=50, start=1_000).due_steps(0, 1_500))
+    [1050, 1250, 1450]
     """
-    schedule = Every(n, start, stop)
+    schedule = Every(n, start, stop) if phase is None else _in_phase(n, start, stop, phase)
     return schedule if max_fires is None else schedule.max_fires(max_fires)
+
+
+def _in_phase(n: int, start: int, stop: int | None, phase: int) -> Every:
+    free = Every(n, start)  # checks both; `stop` may come before its first due step, and not before ours
+    remainder = as_int(phase, "`phase` of `every`", f"every({free.n}, phase={free.n // 2})")
+    if not 0 <= remainder < free.n:
+        raise ScheduleError(
+            "`phase` of `every` is a remainder of division by `n`.",
+            found=f"{remainder} for n={free.n}",
+            write=f"every({free.n}, phase={remainder % free.n})",
+        )
+    earliest = max(free.start, 1)
+    first = earliest + (remainder - earliest) % free.n
+    return Every(free.n, 0 if first == free.n else first, stop)
 
 
 def _union(left: object, right: object, *, written: object) -> Schedule:
@@ -289,10 +315,10 @@ def _union(left: object, right: object, *, written: object) -> Schedule:
             found=typed(written),
             write=f"... | at({written})" if is_step else "at(100) | every(1000)",
         )
-    return _joined((left, right))
+    return joined((left, right))
 
 
-def _joined(parts: Iterable[Schedule]) -> Schedule:
+def joined(parts: Iterable[Schedule]) -> Schedule:
     """The flat union of one or more schedules, in which all `At` are one and nothing stands twice."""
     flat = [inner for part in parts for inner in (part.parts if isinstance(part, AnyOf) else (part,))]
     listed = [step for part in flat if isinstance(part, At) for step in part.steps]
@@ -301,7 +327,7 @@ def _joined(parts: Iterable[Schedule]) -> Schedule:
     return next(iter(unique)) if len(unique) == 1 else AnyOf(tuple(unique))
 
 
-def _as_int(value: Any, what: str, write: str) -> int:
+def as_int(value: Any, what: str, write: str) -> int:
     """`value` as an int: numpy integers are welcome; bools, floats and traced values are not."""
     try:
         if isinstance(value, bool):
@@ -312,14 +338,14 @@ def _as_int(value: Any, what: str, write: str) -> int:
 
 
 def _as_bound(value: Any, name: str, n: int) -> int:
-    bound = _as_int(value, f"`{name}` of `every`", f"every({n}, {name}=1000)")
+    bound = as_int(value, f"`{name}` of `every`", f"every({n}, {name}=1000)")
     if bound < 0:
         raise ScheduleError(f"`{name}` of `every` is negative.", found=bound, write=f"every({n}, {name}=1000)")
     return bound
 
 
 def _as_max_fires(value: Any) -> int:
-    k = _as_int(value, "`max_fires`", "max_fires=1 or more")
+    k = as_int(value, "`max_fires`", "max_fires=1 or more")
     if k < 1:
         raise ScheduleError("`max_fires` below 1 makes a schedule that is never due.", found=k, write="max_fires=1")
     return k

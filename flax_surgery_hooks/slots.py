@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flax_surgery_hooks import slot_probe
 from flax_surgery_hooks.errors import SlotError, StateError, shorten
-from flax_surgery_hooks.paths import KeyPath, Leaves
+from flax_surgery_hooks.paths import KeyPath, Leaves, listed
 from flax_surgery_hooks.rules import KINDS, check_choice
 
 Preceding = tuple[type, ...]
@@ -107,7 +108,8 @@ def slots_of(tx: Any, opt_state: Any, params: Leaves) -> dict[int, tuple[Slot, .
 def as_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, a number or an abstract array."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        is_numpy = isinstance(leaf, np.ndarray | np.generic)  # may be float64, which JAX takes as float32
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype) if is_numpy else leaf.dtype)
     return jax.eval_shape(lambda: jnp.asarray(leaf))
 
 
@@ -122,13 +124,7 @@ def find_slots(
 ) -> dict[int, tuple[Slot, ...]]:
     """`slots_of` on what is hashable, so that it is done once per optimizer and structure."""
     opt_state = jax.tree.unflatten(opt_treedef, [jax.ShapeDtypeStruct(*shape) for shape in slot_shapes])
-    made, made_treedef = jax.tree.flatten(_initial(tx, params_treedef, param_shapes))
-    if made_treedef != opt_treedef or any(a.shape != b[0] for a, b in zip(made, slot_shapes, strict=True)):
-        raise StateError(
-            "The optimizer state is not what `tx.init` makes for these parameters.",
-            found=str(opt_treedef),
-            write="state.replace(opt_state=tx.init(params)) with the very `tx` of the state",
-        )
+    _check_made(_initial(tx, params_treedef, param_shapes), opt_state)
     fields = list(_fields(opt_state, param_keys))
     if not fields:
         return {}
@@ -198,6 +194,37 @@ def _initial(tx: Any, params_treedef: Any, shapes: slot_probe.Shapes) -> Any:
             f"`tx.init` fails on the parameters of the state: {type(error).__name__}: {shorten(error, 200)}",
             write="the very `tx` of the state",
         ) from error
+
+
+def _check_made(made: Any, held: Any) -> None:
+    """Raises unless an optimizer state has the structure and shapes that `tx.init` makes.
+
+    Raises:
+      StateError: it has not.
+    """
+    structure: Any = jax.tree.structure(held)
+    if structure != jax.tree.structure(made):
+        found = shorten(structure)
+    else:
+        items = jax.tree_util.tree_flatten_with_path(held)[0]
+        pairs = [(keys, a.shape, b.shape) for (keys, a), b in zip(items, jax.tree.leaves(made), strict=True)]
+        wrong = [
+            f"opt_state{jax.tree_util.keystr(keys)} {list(a)} instead of {list(b)}" for keys, a, b in pairs if a != b
+        ]
+        if not wrong:
+            return
+        found = listed(wrong, 3)
+        if all(a == b or (len(a) == 1 and b == ()) for _, a, b in pairs):  # counts; the parameters look alike
+            raise StateError(
+                "The state is replicated for pmap: every leaf has a leading device axis.",
+                found=found,
+                write="flax.jax_utils.unreplicate before the call, and flax.jax_utils.replicate after it",
+            )
+    raise StateError(
+        "The optimizer state is not what `tx.init` makes for these parameters.",
+        found=found,
+        write="state.replace(opt_state=tx.init(params)) with the very `tx` of the state",
+    )
 
 
 def _by_keys(param_keys: tuple[KeyPath, ...]) -> dict[KeyPath, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from flax_surgery_hooks import checks
 from flax_surgery_hooks.errors import StateError, StepError
+from flax_surgery_hooks.train_state import check_one_replica
 
 
 def check_first_step(step: int, state: Any) -> None:
@@ -21,12 +21,7 @@ def check_first_step(step: int, state: Any) -> None:
     held = getattr(state, "step", None)
     if held is None:
         return
-    if jnp.ndim(held) == 1:
-        raise StateError(
-            "The state is replicated for pmap: every leaf has a leading device axis.",
-            found=f"state.step of shape {list(jnp.shape(held))}",
-            write="hooks(step, flax.jax_utils.unreplicate(state)), then flax.jax_utils.replicate",
-        )
+    check_one_replica(state)
     if int(held) != step:
         raise StepError(
             "`step` must be what `state.step` holds: train steps applied so far.",
@@ -72,6 +67,7 @@ def step_of(state: Any) -> int:
     Raises:
       StateError: the state has none.
     """
-    if not hasattr(state, "step"):
+    if getattr(state, "step", None) is None:
         raise StateError("The state has no `step`.", found=type(state).__name__, write="step=...")
+    check_one_replica(state)
     return int(state.step)

@@ -94,7 +94,7 @@ def as_edit(surgery: Any) -> Edit:
     >>> as_edit(lambda kernel, key: kernel).wants
     ('key',)
     """
-    name = getattr(surgery, "__qualname__", type(surgery).__qualname__)
+    name = getattr(surgery, "__name__", type(surgery).__name__)
     if inspect.isclass(surgery) or not callable(surgery):
         raise SurgeryFunctionError(
             "A surgery is a function of leaves or an object that can be called with them.",
@@ -172,7 +172,7 @@ def describe(surgery: Any) -> dict[str, Any]:
     >>> describe(Halve())
     {'name': 'Halve', 'by': 2.0}
     """
-    name = getattr(surgery, "__qualname__", type(surgery).__qualname__)
+    name = getattr(surgery, "__name__", type(surgery).__name__)
     if not dataclasses.is_dataclass(surgery) or inspect.isclass(surgery):
         return {"name": name}
     fields = {field.name: getattr(surgery, field.name) for field in dataclasses.fields(surgery)}
@@ -190,7 +190,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if callable(value):
-        return getattr(value, "__qualname__", type(value).__qualname__)
+        return getattr(value, "__name__", type(value).__name__)
     return shorten(value)
 
 

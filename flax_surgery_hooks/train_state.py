@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax.training import train_state as flax_train_state
 
 from flax_surgery_hooks.errors import StateError
@@ -58,8 +59,10 @@ def take_apart(state: Any) -> Parts:
         raise StateError(
             f"A train state needs params, opt_state, tx and replace; {listed(missing)} missing.",
             found=type(state).__name__,
-            write="flax_surgery_hooks.TrainState.create(apply_fn=..., params=..., tx=...)",
+            write="flax_surgery_hooks.TrainState.create(apply_fn=..., params=..., tx=...), or for loose parts fsh.bind "
+            "and fsh.bind_nnx",
         )
+    check_one_replica(state)
     if not callable(getattr(state.tx, "update", None)):
         raise StateError(
             "`state.tx` is no optax transformation.", found=type(state.tx).__name__, write="tx=optax.adamw(...)"
@@ -69,6 +72,28 @@ def take_apart(state: Any) -> Parts:
         raise StateError("`state.params` has no leaves.", found=type(state.params).__name__, write="model.init(...)")
     opt_leaves, opt_treedef = jax.tree.flatten(state.opt_state)
     return Parts(params, tuple(opt_leaves), opt_treedef, state.tx)
+
+
+def check_one_replica(state: Any) -> None:
+    """Raises if the state's step, and so every leaf, has a leading device axis.
+
+    Raises:
+      StateError: it has.
+    """
+    step = getattr(state, "step", None)
+    shape = () if step is None else jnp.shape(step)
+    if len(shape) == 1:
+        raise StateError(
+            "The state is replicated for pmap: every leaf has a leading device axis.",
+            found=f"state.step of shape {list(shape)}",
+            write="hooks(step, flax.jax_utils.unreplicate(state)), then flax.jax_utils.replicate",
+        )
+
+
+def written(state: Any) -> Any:
+    """The state once a call of hooks is complete: one that stands for objects edited in place writes into them."""
+    write_back = getattr(state, "write_back", None)
+    return state if write_back is None else write_back()
 
 
 def put_back(state: Any, parts: Parts, params: dict[int, Any], slots: dict[int, Any]) -> Any:

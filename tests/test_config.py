@@ -1,222 +1,26 @@
-"""Hooks from configs: shell overrides through absl's own parser, and every mistake told at once with its path."""
+"""Configs written and read, and every mistake told at once with its path."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, FieldReference, FrozenConfigDict, config_dict, config_flags
+from config_cases import Cut, Fill, cut, parse_one, problem_of, problems_of
+from config_cases import own_registry as own_registry  # the fixture `registry`
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict, config_dict
 
-from flax_surgery_hooks import config as config_module
-from flax_surgery_hooks.config import HookSpec, build, hook, register_surgery
-from flax_surgery_hooks.config_fields import fields_of
+from flax_surgery_hooks.config import HookSpec, build, hook
+from flax_surgery_hooks.config_hook import HookFields
 from flax_surgery_hooks.errors import ConfigError
 from flax_surgery_hooks.schedules import at, every
 
 pytestmark = pytest.mark.usefixtures("registry")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """A surgery with a field of every type that a config can hold, and of some that none can."""
-
-    sparsity: float
-    seed: int | None = None
-    mode: Literal["low", "high"] = "low"
-    tag: str | None = None
-    axes: tuple[int, ...] = ()
-    betas: tuple[float, float] = (0.9, 0.99)
-    axis: int | tuple[int, ...] | None = None
-    decay: float | None = 0.5
-    dry: bool = False
-    weight: float | Callable[[int], float] = 1.0
-    score: Callable[[Any], Any] | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.sparsity <= 1:
-            raise ValueError(f"sparsity must be in [0, 1], is {self.sparsity}")
-
-    def __call__(self, kernel: jax.Array) -> jax.Array:
-        return kernel * (1 - self.sparsity)
-
-
-@dataclasses.dataclass(frozen=True)
-class Fill:
-    """A surgery whose one field, required, no config can hold."""
-
-    fn: Callable[[Any], Any]
-
-    def __call__(self, kernel: jax.Array) -> jax.Array:
-        return self.fn(kernel)
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
-    """A registry of this test's own."""
-    registered = {"cut": Cut, "fill": Fill}
-    monkeypatch.setattr(config_module, "_registered", registered)
-    return registered
-
-
-def cut(**fields: Any) -> ConfigDict:
-    return hook("cut", **{"params": "**/kernel", "every": 500, "sparsity": 0.5, **fields})
-
-
-def parse(hooks: Mapping[str, ConfigDict], *arguments: str) -> ConfigDict:
-    """`config.surgery` after absl has parsed `--config.surgery.<argument>` for each argument."""
-    config = ConfigDict({"surgery": dict(hooks)})
-    flag_values = flags.FlagValues()
-    argv = ["train.py", *(f"--config.surgery.{argument}" for argument in arguments)]
-    config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
-    flag_values(argv)
-    return flag_values.config.surgery
-
-
-def parse_one(base: ConfigDict, *arguments: str) -> HookSpec:
-    [spec] = build(parse({"prune": base}, *(f"prune.{argument}" for argument in arguments)))
-    return spec
-
-
-def problems_of(config: Any, objects: Mapping[str, Any] | None = None, **kwargs: Any) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        build(config, objects, **kwargs)
-    for problem in caught.value.problems:
-        assert problem in str(caught.value)
-    return caught.value.problems
-
-
-def problem_of(objects: Mapping[str, Any] | None = None, **fields: Any) -> str:
-    """The one problem of a plain dict config that is right but for `fields`."""
-    config = {"surgery": "cut", "params": "**/kernel", "every": 500, "sparsity": 0.5, **fields}
-    [problem] = problems_of({"prune": config}, objects)
-    return problem
-
-
-# --- From the shell.
-
-
-@pytest.mark.parametrize(
-    ("argument", "field", "expected"),
-    [
-        ("params=Dense_1/kernel", "params", "Dense_1/kernel"),
-        ("params=('a/*', 'b/*')", "params", ("a/*", "b/*")),
-        ("params=re:Dense_[01]/kernel", "params", "re:Dense_[01]/kernel"),
-        ("exclude=**/bias", "exclude", "**/bias"),
-        ("expect=3", "expect", 3),
-        ("at=(100,)", "when", at(100) | every(500)),
-        ("at=100", "when", at(100) | every(500)),
-        ("every=50", "when", every(50)),
-        ("start=250", "when", every(500, start=250)),
-        ("stop=2000", "when", every(500, stop=2000)),
-        ("max_fires=2", "when", every(500, stop=1000)),
-        ("opt_state=reset", "opt_state", "reset"),
-        ("opt_state={'grad': 'reset'}", "opt_state", {"grad": "reset"}),
-        ("fresh=init", "fresh", "init"),
-        ("guard=off", "guard", "off"),
-        ("priority=-1", "priority", -1),
-    ],
-)
-def test_shell_overrides_each_hook_field(argument: str, field: str, expected: Any):
-    assert getattr(parse_one(cut()), field) != expected
-    assert getattr(parse_one(cut(), argument), field) == expected
-
-
-@pytest.mark.parametrize(
-    ("argument", "field", "expected"),
-    [
-        ("sparsity=0.9", "sparsity", 0.9),
-        ("sparsity=1", "sparsity", 1.0),
-        ("seed=3", "seed", 3),
-        ("mode=high", "mode", "high"),
-        ("tag=late", "tag", "late"),
-        ("axes=(0, 1)", "axes", (0, 1)),
-        ("betas=(0.5, 1)", "betas", (0.5, 1.0)),
-        ("axis=1", "axis", 1),
-        ("axis=(0, 1)", "axis", (0, 1)),
-        ("decay=0.25", "decay", 0.25),
-        ("dry=true", "dry", True),
-        ("weight=2.5", "weight", 2.5),
-    ],
-)
-def test_shell_overrides_each_surgery_field(argument: str, field: str, expected: Any):
-    assert getattr(parse_one(cut()).surgery, field) != expected
-    new = getattr(parse_one(cut(), argument).surgery, field)
-    assert new == expected
-    assert type(new) is type(expected)
-
-
-def test_shell_fills_required_fields_that_the_config_left_open():
-    spec = parse_one(hook("cut"), "sparsity=0.9", "params=kernel", "at=(100, 7)")
-    assert (spec.surgery, spec.params, spec.when) == (Cut(0.9), "kernel", at(7, 100))
-
-
-def test_shell_overrides_a_float_that_was_given_as_int():
-    base = cut(sparsity=1, decay=2)
-    assert parse_one(base).surgery.sparsity == 1.0
-    assert parse_one(base, "sparsity=0.25", "decay=0.75").surgery == Cut(0.25, decay=0.75)
-
-
-def test_shell_switches_a_union_from_one_type_to_the_other():
-    assert parse_one(cut(axis=0, params=("a", "b")), "axis=(0, 1)", "params=c").surgery.axis == (0, 1)
-    assert parse_one(cut(axis=(0, 1)), "axis=None").surgery.axis is None
-
-
-def test_shell_overrides_one_kind_of_a_rule_dict_and_replaces_the_whole():
-    base = cut(opt_state={"grad": "reset", "grad_sq": "keep"})
-    assert parse_one(base, "opt_state.grad=carry").opt_state == {"grad": "carry", "grad_sq": "keep"}
-    assert parse_one(base, "opt_state=keep").opt_state == "keep"
-
-
-def test_shell_sets_dicts_and_numbers_of_either_type(registry: dict[str, type]):
-    registry["mix"] = dataclasses.make_dataclass(
-        "Mix",
-        [("rates", dict[str, float] | None, None), ("size", float | int, 0.5), ("sizes", tuple[float | int, ...], ())],
-        frozen=True,
-        namespace={"__call__": lambda self, kernel: kernel},
-    )
-    spec = parse_one(hook("mix", params="k", every=5), "rates={'a': 1}", "size=3", "sizes=(1, 0.5)")
-    assert (spec.surgery.rates, spec.surgery.size, spec.surgery.sizes) == ({"a": 1.0}, 3, (1, 0.5))
-    assert [type(value) for value in (spec.surgery.rates["a"], *spec.surgery.sizes)] == [float, int, float]
-    assert type(parse_one(hook("mix", params="k", every=5, sizes=(2,))).surgery.sizes[0]) is int
-
-
-@pytest.mark.parametrize("argument", ["--config.surgery.a.enabled=False", "--noconfig.surgery.a.enabled"])
-def test_shell_disables_a_hook(argument: str):
-    hooks = {"a": cut(), "b": cut()}
-    assert [spec.name for spec in build(hooks)] == ["a", "b"]
-    config = ConfigDict({"surgery": hooks})
-    flag_values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=["train.py", argument])
-    flag_values(["train.py", argument])
-    assert [spec.name for spec in build(flag_values.config.surgery)] == ["b"]
-
-
-def test_shell_refuses_fields_that_do_not_exist():
-    with pytest.raises(AttributeError, match="sparsity"):
-        parse({"prune": cut()}, "prune.sparsty=0.9")
-
-
-def test_a_pattern_without_equals_sign_is_told():
-    flag_values = flags.FlagValues()
-    argv = ["train.py", "--config.prune.params", "**/bias"]
-    config_flags.DEFINE_config_dict("config", ConfigDict({"prune": cut()}), flag_values=flag_values, sys_argv=argv)
-    flag_values(argv)
-    [problem] = problems_of(flag_values.config)
-    assert problem.startswith("surgery.prune.params: wants str or tuple[str, ...], found True (bool)")
-    assert "write '=' between" in problem
-
-
-def test_builtin_from_the_shell():
-    [spec] = build(parse({"head": hook("normalize", params="Dense_1/kernel", every=200)}, "head.to=2", "head.axis=0"))
-    assert (type(spec.surgery).__name__, spec.surgery.to, spec.surgery.axis) == ("Normalize", 2.0, 0)
 
 
 # --- `hook`.
@@ -224,7 +28,7 @@ def test_builtin_from_the_shell():
 
 def test_hook_holds_every_settable_field_typed_and_no_other():
     config = cut()
-    hook_fields = {field.name for field in dataclasses.fields(config_module._HookFields)}
+    hook_fields = {field.name for field in dataclasses.fields(HookFields)}
     assert set(config.keys()) == hook_fields | {field.name for field in dataclasses.fields(Cut)} - {"score"}
     types = {"expect": int, "every": int, "stop": int, "at": tuple, "seed": int, "tag": str, "decay": float}
     types |= {"axis": object, "params": object, "opt_state": object, "mode": str, "axes": tuple, "enabled": bool}
@@ -398,7 +202,7 @@ def test_prefix_begins_every_path():
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"sparsty": 1}, "surgery.prune.sparsty: unknown key (did you mean 'sparsity'?); allowed are at, axes, "),
+        ({"sparsty": 1}, "surgery.prune.sparsty: unknown key (did you mean 'sparsity'?); allowed are at, at_epochs, "),
         ({"surgery": "cot"}, "surgery.prune.surgery: unknown surgery 'cot' (did you mean 'cut'?); known are "),
         ({"surgery": None}, "surgery.prune.surgery: no surgery is named; known are "),
         ({"sparsity": None}, "surgery.prune.sparsity: no value; set it to float, or pass objects={'sparsity': ...}"),
@@ -419,6 +223,14 @@ def test_prefix_begins_every_path():
         ({"max_fires": 0}, "surgery.prune.max_fires: `max_fires` below 1"),
         ({"stop": 100}, "surgery.prune.every: `every` is never due"),
         ({"every": None, "at": (5,), "stop": 9}, "surgery.prune.stop: bounds `every`, which is not set; found 9"),
+        ({"every": None, "at": (5,), "phase": 0}, "surgery.prune.phase: bounds `every`, which is not set; found 0"),
+        ({"phase": 500}, "surgery.prune.every: `phase` of `every` is a remainder of division by `n`."),
+        ({"cooldown": 0}, "surgery.prune.cooldown: `steps` must be at least 1. Found: 0."),
+        ({"every_epochs": 2}, "surgery.prune.every_epochs: needs `steps_per_epoch` beside it, which is not set"),
+        ({"at_epochs": (2,)}, "surgery.prune.at_epochs: needs `steps_per_epoch` beside it, which is not set"),
+        ({"at_fraction": (0.5,)}, "surgery.prune.at_fraction: needs `num_steps` beside it, which is not set"),
+        ({"every_fraction": 2, "num_steps": 9}, "surgery.prune.every_fraction: A fraction of `every_fraction` is more"),
+        ({"every_epochs": "x", "steps_per_epoch": 9}, "surgery.prune.every_epochs: wants float, found 'x' (str)"),
         ({"every": None, "at": (5,), "start": 9}, "surgery.prune.start: bounds `every`, which is not set; found 9"),
         (
             {"opt_state": "rest"},
@@ -530,116 +342,3 @@ def test_objects_may_be_for_a_surgery_that_is_misspelt():
 
 def test_objects_used_by_disabled_hooks_alone_are_used():
     assert build({"prune": cut(enabled=False)}, {"score": abs}) == []
-
-
-# --- `register_surgery`.
-
-
-def test_a_registered_surgery_end_to_end():
-    @register_surgery("halve")
-    @dataclasses.dataclass(frozen=True)
-    class Halve:
-        by: float = 2.0
-
-        def __call__(self, kernel: jax.Array) -> jax.Array:
-            return kernel / self.by
-
-    spec = parse_one(hook("halve", params="**", at=(1,)), "by=4")
-    assert spec.surgery == Halve(4.0)
-    np.testing.assert_array_equal(spec.surgery(jnp.ones(2)), [0.25, 0.25])
-
-
-@pytest.mark.parametrize("name", ["cut", "normalize"])
-def test_a_taken_name_is_refused(name: str, registry: dict[str, type]):
-    before = dict(registry)
-    with pytest.raises(ConfigError, match=f"The surgery name '{name}' is taken") as caught:
-        register_surgery(name)(dataclasses.make_dataclass("Other", [], frozen=True))
-    assert str(caught.value.found).endswith(("Cut", "Normalize"))
-    assert registry == before
-
-
-def test_the_same_class_defined_again_replaces_the_old_one(registry: dict[str, type]):
-    def define() -> type:
-        @register_surgery("again")
-        @dataclasses.dataclass(frozen=True)
-        class Again:
-            pass
-
-        return Again
-
-    first, second = define(), define()
-    assert first is not second
-    assert registry["again"] is second
-
-
-class Plain:
-    pass
-
-
-@dataclasses.dataclass
-class Thawed:
-    x: int = 0
-
-
-class Undecorated(Cut):
-    """Inherits the fields of a frozen dataclass, and silently drops its own."""
-
-    more: int = 0
-
-
-@pytest.mark.parametrize("cls", [Plain, Thawed, Undecorated, lambda kernel: kernel])
-def test_what_is_no_frozen_dataclass_is_refused(cls: Any, registry: dict[str, type]):
-    with pytest.raises(ConfigError, match="'x' must be a frozen dataclass") as caught:
-        register_surgery("x")(cls)
-    assert '@register_surgery("x") above @dataclasses.dataclass(frozen=True)' in str(caught.value)
-    assert "x" not in registry
-
-
-@pytest.mark.parametrize("name", ["", 3, Cut])
-def test_a_registration_without_name_is_refused(name: Any):
-    with pytest.raises(ConfigError, match="registered under a name"):
-        register_surgery(name)
-
-
-@pytest.mark.parametrize("field", ["every", "params", "values", "lock"])
-def test_a_field_with_a_name_in_use_is_refused(field: str):
-    cls = dataclasses.make_dataclass("Clash", [(field, int, 0), ("fine", int, 0)], frozen=True)
-    with pytest.raises(ConfigError, match="names that hooks or ConfigDict already use") as caught:
-        register_surgery("clash")(cls)
-    assert caught.value.found == field
-
-
-def test_fields_that_no_config_holds_may_have_any_name_but_a_hooks_own(registry: dict[str, type]):
-    fields = [("values", Callable, None), ("made", int, dataclasses.field(default=0, init=False))]
-    register_surgery("fine")(dataclasses.make_dataclass("Fine", fields, frozen=True))
-    assert not {"values", "made"} & set(hook("fine"))
-
-
-def test_annotations_that_cannot_be_resolved_are_refused():
-    @dataclasses.dataclass(frozen=True)
-    class Dangling:
-        x: Missing  # noqa: F821
-
-    with pytest.raises(ConfigError, match="annotations that cannot be resolved") as caught:
-        register_surgery("dangling")(Dangling)
-    assert caught.value.found == "NameError: name 'Missing' is not defined"
-    assert isinstance(caught.value.__cause__, NameError)
-
-
-# --- The catalogue.
-
-
-def test_every_builtin_is_known_by_its_snake_case_name():
-    known = config_module._builtins()
-    assert {"normalize", "scale", "clip_norm", "noise", "assign", "reinit"} <= known.keys()
-    for name, cls in known.items():
-        config_module._check_class(name, cls)
-        assert set(hook(name).keys()) >= {key for key, field in fields_of(cls).items() if field.hints}
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("Normalize", "normalize"), ("ClipNorm", "clip_norm"), ("EMAReset", "ema_reset"), ("Net2Wider", "net2_wider")],
-)
-def test_snake_case(name: str, expected: str):
-    assert config_module._snake_case(name) == expected

@@ -24,11 +24,15 @@ from flax_surgery_hooks import errors as e
 from flax_surgery_hooks import slots
 from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, Scale
 
-ELSEWHERE = ("_encodings", "_event_files", "config", "config_fields", "config_reading", "errors", "paths", "schedules",
-             "selection", "writers")  # fmt: skip
+ELSEWHERE = ("_encodings", "_event_files", "adapters", "config", "config_export", "config_fields", "config_hook",
+             "config_reading", "config_registry", "config_writing", "derived_schedules", "errors", "paths",
+             "schedules", "selection", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))
+
+
+BARE = types.SimpleNamespace(params=PLAIN.params, opt_state=PLAIN.opt_state, tx=PLAIN.tx, replace=None)
 
 
 class Case(NamedTuple):
@@ -102,15 +106,23 @@ def odd_optimizer(start, update=lambda old, g: old + g.sum()):
     return optax.GradientTransformation(lambda params: Odd(jax.tree.map(start, params)), step)
 
 
-def on_odd(tx, kind=None, **kwargs):
-    def run():
+def on_odd(tx, kind=None, run=fsh.operate, **kwargs):
+    def registered():
         with mock.patch.dict(slots._REGISTRY):
             if kind is not None:
                 fsh.register_slot(Odd, mine=kind)
             slots.find_slots.cache_clear()
-            fsh.operate(make_state(0, tx, w=jnp.ones((3, 2)), v=jnp.ones(2)), halve, params="w", **kwargs)
+            run(make_state(0, tx, w=jnp.ones((3, 2)), v=jnp.ones(2)), halve, params="w", **kwargs)
 
-    return run
+    return registered
+
+
+def reshapes(state, *_, params):
+    make_hooks(cut, params=params, options={"on_reshape": lambda state, record: None})(0, state)
+
+
+def cut(w):
+    return w[1:]
 
 
 def fail(*args, **kwargs):
@@ -121,6 +133,10 @@ def raising_later():
     hooks = make_hooks(lambda w, mode="": w if mode else fail())
     hooks(1, PLAIN, mode="fine")
     hooks.fire("a", PLAIN, 3)
+
+
+def replicated(state):
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *jnp.shape(x))), state)
 
 
 def undivided():
@@ -204,6 +220,8 @@ CASES = {
                             ("not what `tx.init` makes for these parameters", "tx.init(params)")),
     "other_params": Case(lambda: fsh.operate(SLOTS.replace(params={"w": jnp.ones(4), "v": jnp.ones(5)}), halve), STATE,
                          ("not what `tx.init` makes for these parameters",)),
+    "replicated_slots": Case(lambda: fsh.operate(replicated(make_state(0, optax.adam(0.1))).replace(step=0), halve),
+                             STATE, ("replicated for pmap", "count [8] instead of []", "flax.jax_utils.unreplicate")),
     "no_init": Case(lambda: fsh.operate(PLAIN.replace(tx=PLAIN.tx._replace(init=fail)), halve), STATE,
                     ("`tx.init` fails on the parameters of the state: ValueError: no luck", "the very `tx`")),
     "unprobed": Case(on_odd(odd_optimizer(jnp.zeros_like, fail), "grad"), SLOT,
@@ -226,8 +244,20 @@ CASES = {
     "custom_vjp": Case(on_slots(lambda w: no_forward_rule(w)), e.DifferentiationError, ("custom_vjp",), W),
     "while_loop": Case(on_slots(until_large, opt_state="transport"), e.DifferentiationError, ("while_loop",), W),
     # Where a fire ends.
-    "reshaping_hook": Case(by_hook(lambda w: w[1:]), e.StructureError, ("keep shapes", "[2] -> [1]", "fsh.operate"),
-                           A | W),
+    "reshaping_hook": Case(by_hook(cut), e.StructureError,
+                           ("the hook brings nothing for that", "[2] -> [1]", "apply_fn=", "on_reshape="), A | W),
+    "no_apply_fn": Case(by_hook(cut, BARE, apply_fn=cut), e.StructureError,
+                        ("the state has no such field", "SimpleNamespace", "on_reshape="), A),
+    "new_tx_fails": Case(by_hook(cut, tx=PLAIN.tx._replace(init=fail)), e.StructureError,
+                         ("`tx.init` fails on the new parameters: ValueError: no luck", "tx= of the hook"), A),
+    "new_tx_differs": Case(by_hook(cut, tx=MOMENTUM), e.StructureError,
+                           ("another structure than `tx` makes", "same chain of transforms"), A),
+    "slots_left_behind": Case(on_odd(odd_optimizer(jnp.zeros_like, lambda m, g: m + g), "none", reshapes),
+                              e.StructureError, ("state have other shapes", "Found: mine/w", "'reset' or 'carry'"), A),
+    "on_reshape_raises": Case(by_hook(cut, on_reshape=fail), e.UserCodeError,
+                              ("on_reshape raised ValueError: no luck",), A | {"step": 1}),
+    "on_reshape_returns": Case(by_hook(cut, on_reshape=lambda state, record: 3), e.StructureError,
+                               ("no train state", "Found: int", "None to leave it"), A | {"step": 1}),
     "undivided": Case(undivided, e.StructureError, ("does not divide over the leaf's mesh", "shape [15]"), W),
     "no_key": Case(on_plain(lambda w, key: w), e.InputError, ("draws random numbers", "key=jax.random.key(0)")),
     "not_finite": Case(on_plain(lambda w: w / 0), e.RefusedError, ("2 non-finite values", "guard='off'")),

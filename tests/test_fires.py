@@ -88,9 +88,19 @@ def test_a_second_fire_at_one_step_draws_another_key():
     assert again.params["bits"].tolist() == bits_of(documented_key(0, "a", 2, "bits", 1))
 
 
+def test_hooks_that_take_turns_at_one_step_do_not_forget_how_often_they_fired():
+    hooks = key_hooks()
+    hooks.add("b", read_key, params="**", when=fsh.at(1), **QUICK)
+    state, drawn = make_state(1, **BITS), []
+    for name in "abab":
+        drawn.append(hooks.fire(name, state).params["bits"].tolist())
+    expected = [documented_key(0, name, 1, "bits", count) for count in (0, 1) for name in "ab"]
+    assert drawn == [bits_of(key) for key in expected]
+
+
 def test_a_key_is_optional_and_a_default_stays_where_none_is_given():
-    def edit(w, key=None):
-        return w * (2 if key is None else 3)
+    def edit(w, key="none"):
+        return w * (2 if key == "none" else 3)
 
     assert w_of(fsh.operate(make_state(), edit)[0]) == [2, 2]
     assert w_of(fsh.operate(make_state(), edit, key=jax.random.key(0))[0]) == [3, 3]

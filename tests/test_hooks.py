@@ -361,6 +361,17 @@ def test_a_hook_is_checked_at_the_first_call_though_it_is_due_much_later():
     assert hooks(1, state) is state
 
 
+def test_a_hook_added_later_is_checked_at_the_next_call_whatever_comes_between():
+    hooks = make_hooks(fsh.at(100))
+    state = hooks(1, make_state(1))
+    hooks.add("broken", lambda w: w.shape.nonsense, params="w", when=fsh.at(50_000))
+    hooks.flush()
+    hooks.fire("a", state)
+    with pytest.raises(UserCodeError) as caught:
+        hooks(2, state)
+    assert caught.value.hook == "broken"
+
+
 def test_idle_hooks_return_the_same_object():
     hooks, state = make_hooks(fsh.at(1_000)), make_state(0)
     assert all(hooks(step, state) is state for step in range(50))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 import pytest
+from flax import nnx
 
 import flax_surgery_hooks as fsh
 
@@ -81,6 +82,8 @@ def namespace(tmp_path: pathlib.Path) -> dict[str, Any]:
         "jax": jax,
         "jnp": jnp,
         "ml_collections": ml_collections,
+        "nnx": nnx,
+        "optax": optax,
     }
 
 

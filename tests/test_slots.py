@@ -118,17 +118,25 @@ def test_edits_reach_the_slots_of_their_own_leaf_alone(boxed):
     assert changed == [("mu/mu/kernel", 0.5), ("nu/mu/kernel", 0.25)]
 
 
-def test_labels_of_a_partition_may_be_names_of_parameters():
-    params = {"kernel": jnp.ones(3), "bias": {"kernel": jnp.ones(4), "bias": jnp.ones(2)}}
-    labels = {"kernel": "kernel", "bias": {"kernel": "bias", "bias": "kernel"}}
+@pytest.mark.parametrize(
+    ("params", "labels"),
+    [
+        ({"kernel": jnp.ones(3), "bias": jnp.ones(4)}, {"kernel": "kernel", "bias": "bias"}),
+        ({"kernel": jnp.ones(3), "bias": jnp.ones(4)}, {"kernel": "bias", "bias": "kernel"}),
+        ({"kernel": jnp.ones(3), "bias": {"kernel": jnp.ones(4), "bias": jnp.ones(2)}},
+         {"kernel": "kernel", "bias": {"kernel": "bias", "bias": "kernel"}}),
+    ],
+    ids=["equal", "crossed", "nested"],
+)  # fmt: skip
+def test_labels_of_a_partition_may_be_names_of_parameters(params, labels):
     tx = optax.multi_transform({"kernel": optax.adam(0.1), "bias": optax.sgd(0.1, momentum=0.9)}, labels)
     leaves = jax.tree.leaves(tx.init(params))
     found = find(tx, params)
-    adam = {"ScaleByAdamState.mu": "grad", "ScaleByAdamState.nu": "grad_sq"}
-    assert {path: {slot.name: slot.kind for slot in mine} for path, mine in found.items()} == {
-        "kernel": adam, "bias/bias": adam, "bias/kernel": {"TraceState.trace": "grad"}}  # fmt: skip
-    shapes = {path: {leaves[slot.index].shape for slot in mine} for path, mine in found.items()}
-    assert shapes == {"kernel": {(3,)}, "bias/bias": {(2,)}, "bias/kernel": {(4,)}}
+    of_label = {"kernel": ADAM, "bias": {"TraceState.trace": "grad"}}
+    expected = {path: of_label[label] for path, label in zip(*flatten(labels)[0:3:2], strict=True)}
+    assert {path: {slot.name: slot.kind for slot in mine} for path, mine in found.items()} == expected
+    for path, value in zip(*flatten(params)[0:3:2], strict=True):
+        assert {leaves[slot.index].shape for slot in found[path]} == {value.shape}
 
 
 @pytest.mark.parametrize(("kept", "expected"), [("a", ["a/bias", "a/kernel"]), ("z", ["z"])])

@@ -431,6 +431,13 @@ def test_what_does_not_mix_is_not_called_mixing(name):
     assert record.in_place == ()
 
 
+@pytest.mark.parametrize("edit", [lambda w: w / 0, lambda w: w * jnp.nan, lambda w: w.at[0, 0].set(jnp.inf)])
+def test_what_is_not_finite_is_refused_by_the_guard_not_called_mixing(edit):
+    with pytest.raises(fsh.errors.RefusedError, match="not finite") as caught:
+        fsh.operate(random_state((6, 8)), lambda w: edit(w), opt_state="transport")
+    assert "non-finite values" in str(caught.value.found)
+
+
 @pytest.mark.parametrize(
     "edit", [jnp.round, jnp.sign, lambda w: w.astype(jnp.int32).astype(w.dtype), lambda w: (w > 0) * 1.0]
 )

@@ -1,0 +1,166 @@
+"""From hooks back to a config: what `SurgeryHooks.from_config` would read as the same hooks, or an error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from flax_surgery_hooks.config import build, hook
+from flax_surgery_hooks.config_fields import MISMATCH, fields_of
+from flax_surgery_hooks.config_hook import HookSpec
+from flax_surgery_hooks.config_reading import Report, shown
+from flax_surgery_hooks.config_registry import name_of
+from flax_surgery_hooks.operate import make_operation
+from flax_surgery_hooks.rules import SlotRules, slot_rules
+from flax_surgery_hooks.schedules import AnyOf, At, Every, Schedule
+from flax_surgery_hooks.selection import Glob, Regex
+
+
+def to_config(hooks: Iterable[Any], objects: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config from which `build` makes these hooks again; it does so once, to be sure.
+
+    Args:
+      hooks: registered hooks (`hooks.Hook`), in the order in which they fire.
+      objects: what `from_config` will be given as `objects`; values of fields that a config cannot hold.
+
+    Raises:
+      ConfigError: something about a hook cannot stand in a config: a surgery that is a plain function or of a class
+        that is not registered, a field that is not in `objects`, a predicate, a slot function, a schedule of several
+        `every`, or an order that priorities and names do not tell. All such things at once.
+    """
+    hooks, report, config = list(hooks), Report("hooks"), ConfigDict()
+    for one in hooks:
+        if hasattr(ConfigDict, one.name):
+            report.at(one.name).add("is the name of a method of ConfigDict; rename the hook")
+            continue
+        if (entry := _entry(one, report.at(one.name))) is not None:
+            config[one.name] = entry
+    report.raise_if_any("what a config would hold of these hooks")
+    for one, spec in zip(sorted(hooks, key=lambda one: one.name), build(config, objects, prefix="hooks"), strict=True):
+        _compare(one, spec, report.at(one.name))
+    names = [one.name for one in hooks]
+    in_order = [one.name for one in sorted(hooks, key=lambda one: (-one.priority, one.name))]
+    if names != in_order:
+        report.add(f"fire as {', '.join(names)}, and from a config as {', '.join(in_order)}; give them priorities")
+    report.raise_if_any("what a config would hold of these hooks")
+    return config
+
+
+def _entry(one: Any, report: Report) -> ConfigDict | None:
+    """The config of one hook, or None if something cannot be told."""
+    count = len(report.problems)
+    operation, surgery = one.operation, one.operation.edit.function
+    if name_of(type(surgery)) is None:
+        found = getattr(surgery, "__qualname__", type(surgery).__qualname__)
+        report.at("surgery").add(f"no config can name {found}; make it a frozen dataclass under @register_surgery")
+    fields = {
+        "params": _patterns(operation.selection.include, report.at("params")),
+        "exclude": _patterns(operation.selection.exclude, report.at("exclude")),
+        "expect": operation.selection.expect,
+        "opt_state": _rules(operation.rules, operation.edit.preserves, report.at("opt_state")),
+        **_times(one.when, report.at("when")),
+        "fresh": operation.fresh,
+        "guard": operation.guard,
+        "figures": operation.figures,
+        "priority": one.priority,
+    }
+    for key, value in _extras(one).items():
+        if value is not None:
+            report.at(key).add("no config can hold it")
+    if len(report.problems) > count:
+        return None
+    told = _told(surgery)
+    config = hook(told["surgery"], **fields, **{key: value for key, value in told.items() if key != "surgery"})
+    _leave_out(config, surgery, told)
+    return config
+
+
+def _extras(one: Any) -> dict[str, Any]:
+    """What a hook brings for the shapes after it."""
+    reshape = getattr(one, "reshape", None)
+    return (
+        {} if reshape is None else {field.name: getattr(reshape, field.name) for field in dataclasses.fields(reshape)}
+    )
+
+
+def _told(surgery: Any) -> dict[str, Any]:
+    """Those fields of a surgery that a config can hold."""
+    told = {"surgery": name_of(type(surgery))}
+    for key, field in fields_of(type(surgery)).items():
+        value = _with_told(getattr(surgery, key))
+        can = field.optional if value is None else field.convert(value) is not MISMATCH and not callable(value)
+        if field.hints and can:
+            told[key] = value
+    return told
+
+
+def _with_told(value: Any) -> Any:
+    if name_of(type(value)) is not None:
+        return _told(value)
+    return tuple(map(_with_told, value)) if type(value) is tuple else value
+
+
+def _leave_out(config: ConfigDict, surgery: Any, told: Mapping[str, Any]) -> None:
+    """Deletes the entries, made of defaults, of fields whose values a config cannot hold: `objects` has them."""
+    for key in fields_of(type(surgery)):
+        if key not in told and key in config:
+            del config[key]
+        elif isinstance(told.get(key), dict) and name_of(type(getattr(surgery, key))) is not None:
+            _leave_out(config[key], getattr(surgery, key), told[key])
+
+
+def _patterns(terms: tuple[Any, ...], report: Report) -> Any:
+    told = [term.describe() for term in terms if isinstance(term, Glob | Regex)]
+    if len(told) < len(terms):
+        report.add("holds a predicate or a selection, which no config can hold; write globs or 're:' patterns")
+    return told[0] if len(told) == 1 else tuple(told) or None
+
+
+def _rules(rules: SlotRules, preserves: str, report: Report) -> Any:
+    by_kind = dict(rules.by_kind)
+    if not all(isinstance(rule, str) for rule in (rules.default, *by_kind.values())):
+        report.add("is a function, which no config can hold; write the name of a rule")
+    return by_kind or (None if rules == slot_rules(None, preserves) else rules.default)
+
+
+def _times(when: Schedule, report: Report) -> dict[str, Any]:
+    parts = when.parts if isinstance(when, AnyOf) else (when,)
+    steps = [part.steps for part in parts if type(part) is At]
+    periodic = [part for part in parts if type(part) is Every]
+    if len(periodic) > 1 or len(steps) + len(periodic) < len(parts):
+        report.add(f"a config holds `at` and one `every`, not {when!r}; split the hook")
+        return {}
+    told: dict[str, Any] = {"at": steps[0]} if steps else {}
+    if periodic:
+        told |= {"every": periodic[0].n, "start": periodic[0].start, "stop": periodic[0].stop}
+    return told
+
+
+def _compare(one: Any, spec: HookSpec, report: Report) -> None:
+    """Reports where the hook that comes back is another one."""
+    _compare_surgeries(one.operation.edit.function, spec.surgery, report)
+    given = {key: value for key, value in vars(spec).items() if key not in ("name", "surgery", "when", "priority")}
+    operation = dataclasses.replace(make_operation(spec.surgery, **given), edit=one.operation.edit)
+    for key, value in {"when": spec.when, "priority": spec.priority, "operation": operation}.items():
+        if value != getattr(one, key):
+            report.at(key).add(f"would come back as {shown(value)}, is {shown(getattr(one, key))}")
+
+
+def _compare_surgeries(old: Any, new: Any, report: Report) -> None:
+    for key in fields_of(type(old)):
+        before, after = getattr(old, key), getattr(new, key)
+        if name_of(type(before)) is not None and type(before) is type(after):
+            _compare_surgeries(before, after, report.at(key))
+        elif not _same(before, after):
+            text = f"would come back as {shown(after)}, is {shown(before)}"
+            report.at(key).add(f"{text}; pass objects={{{key!r}: ...}}, here and to from_config")
+
+
+def _same(before: Any, after: Any) -> bool:
+    try:
+        return before is after or bool(before == after)
+    except Exception:  # arrays, and whatever else does not compare
+        return False
