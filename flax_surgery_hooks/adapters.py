@@ -1,4 +1,7 @@
-"""Train states for trainers that have none: loose params and optimizer state, or an NNX model with its optimizer."""
+"""Train states for trainers that have none: loose params and optimizer state, or an NNX model with its optimizer.
+
+NNX is imported where it is used: it would make the import of this package a tenth slower for those who do without.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from flax_surgery_hooks.errors import StateError, StructureError, shorten
 
@@ -124,6 +126,8 @@ class NnxState:
         Raises:
           StructureError: the values have other paths than the model or the optimizer.
         """
+        from flax import nnx
+
         pending = {name: value if name == "tx" else _pure(value) for name, value in self._pending.items()}
         here = NnxState(self._pair, {})
         for name in ("params", "opt_state"):
@@ -171,6 +175,7 @@ def bind_nnx(model: Any, optimizer: Any) -> NnxState:
       StateError: the arguments are not these.
 
     >>> import optax, flax_surgery_hooks as fsh
+    >>> from flax import nnx
     >>> model = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
     >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     >>> hooks = fsh.SurgeryHooks()
@@ -179,6 +184,8 @@ def bind_nnx(model: Any, optimizer: Any) -> NnxState:
     >>> model.kernel[...].tolist()
     [[3.0, 3.0], [3.0, 3.0]]
     """
+    from flax import nnx
+
     if not isinstance(optimizer, nnx.Optimizer) or not isinstance(model, nnx.Module):
         raise StateError(
             "`bind_nnx` takes an NNX model and its `nnx.Optimizer`.",
@@ -188,15 +195,20 @@ def bind_nnx(model: Any, optimizer: Any) -> NnxState:
     return NnxState(_Pair(model, optimizer), {})
 
 
-# Flax 0.11 has the same functions under other names, and no modes.
-_pure: Any = getattr(nnx, "as_pure", None) or getattr(nnx, "pure", None)
+def _pure(tree: Any) -> Any:
+    """The tree with arrays in place of NNX's variables."""
+    from flax import nnx
+
+    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)  # the name in Flax 0.11
 
 
 def _mode(optimizer: Any) -> dict[str, Any]:
-    return {"graph": optimizer.graph} if hasattr(optimizer, "graph") else {}
+    return {"graph": optimizer.graph} if hasattr(optimizer, "graph") else {}  # Flax 0.11 has no modes
 
 
 def _params(pair: _Pair) -> Any:
+    from flax import nnx
+
     return _pure(nnx.state(pair.model, pair.optimizer.wrt, **_mode(pair.optimizer)))
 
 

@@ -62,8 +62,8 @@ def _mixed(lineage: Lineage) -> Tree:
     """Number of elements per new leaf that combine several old ones.
 
     Give every old element a random power of two r. An element with one source gives `J r / J = r` and `J r^2 / J = r^2`
-    exactly, whatever J is; a mix gives a weighted mean of r and of r^2, and the second is the square of the first only
-    if all sources drew the same r. (Signs would miss half of the mixes of two.)
+    up to rounding, whatever J is; a mix gives a weighted mean of r and of r^2, and the second is the square of the
+    first only if all sources drew the same r. (Signs would miss half of the mixes of two.)
     """
     flags = jax.lax.map(lambda salt: _differs(lineage, salt), jnp.arange(1, DRAWS + 1, dtype=jnp.uint32))
     return {path: jnp.sum(jnp.any(flag, 0)) for path, flag in flags.items()}

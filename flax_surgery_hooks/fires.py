@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -23,10 +24,13 @@ from flax_surgery_hooks.operate import commit as put_outcome
 from flax_surgery_hooks.operation import Operation, fire_for
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.programs import Programs
+from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.structure import Reshape, shapes
 from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import take_apart
 
+SHOWN = 100
+"""How many missed steps a record lists."""
 ON_ERROR = ("raise", "skip")
 NEVER = sys.maxsize
 """A step that no run reaches; an int, as comparing one with a float costs more."""
@@ -206,10 +210,18 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def warn_missed(ledger: Ledger, hook: str, missed: tuple[int, ...], step: int) -> None:
-    """Records and logs that a run begins behind steps at which a hook is due: they are taken as past, never fired
-    late.
+def note_missed(ledger: Ledger, hook: str, when: Schedule, upto: int) -> None:
+    """Records and logs due steps that lie before hooks were first called, or before the hook was added.
+
+    They are taken as past and never fired late. A record lists the first of them.
     """
-    ledger.write(Record(event="passed", step=step, hook=hook, passed=missed))
-    shown = listed(map(str, missed))
-    logging.warning("Hook %s was due at %s, before the first call at step %d: taken as past.", hook, shown, step)
+    missed = tuple(itertools.islice(when.due_steps(-1, upto), SHOWN))
+    if not missed:
+        return
+    ledger.write(Record(event="passed", step=upto + 1, hook=hook, passed=missed))
+    logging.warning(
+        "Hook %s was due at %s, before the first call at step %d: taken as past.",
+        hook,
+        listed(map(str, missed)) + (" and further steps" if len(missed) == SHOWN else ""),
+        upto + 1,
+    )

@@ -177,6 +177,8 @@ class SurgeryHooks:
         self._unchecked.add(name)
         self._registered += 1
         self._wake = -1  # look at the new hook at the next call
+        if self._started:
+            fires.note_missed(self.ledger, name, when, self._last)
 
     def register(
         self, *, params: Patterns, when: Schedule, name: str | None = None, **kwargs: Any
@@ -304,9 +306,7 @@ class SurgeryHooks:
         self._started = True
         self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
         for hook in self._ordered():
-            missed = tuple(hook.when.due_steps(-1, step - 1))
-            if missed:
-                fires.warn_missed(self.ledger, hook.name, missed, step)
+            fires.note_missed(self.ledger, hook.name, hook.when, step - 1)
 
     def _check(self, hook: Hook, state: Any, inputs: dict[str, Any]) -> None:
         """Finds everything that can be wrong with a hook on this state, without editing anything."""
@@ -340,7 +340,7 @@ class SurgeryHooks:
                 state = hook.reshape.finish(state, record)
                 self._unchecked.update(name for name, other in self._hooks.items() if other.when.next_step(step))
         if commit:
-            self._counts = {at: n for at, n in self._counts.items() if at[1] >= step} | {(hook.name, step): count + 1}
+            self._counts[hook.name, step] = count + 1
         return state, replace(fired, record=record)
 
     def _compiled(self, hook: Hook, operation: Operation) -> Programs:

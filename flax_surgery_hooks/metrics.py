@@ -26,8 +26,8 @@ class Change(clu_metrics.Metric):
       square_after: sum of squares after.
       square_change: sum of squares of the difference (of the values after, where the shape differs).
       zeros: elements that are 0 after.
-      nonfinite_before: non-finite elements before.
       nonfinite: non-finite elements after.
+      nonfinite_new: non-finite elements after that were finite before; of another shape, how many more there are.
     """
 
     size: jax.Array
@@ -37,8 +37,8 @@ class Change(clu_metrics.Metric):
     square_after: jax.Array
     square_change: jax.Array
     zeros: jax.Array
-    nonfinite_before: jax.Array
     nonfinite: jax.Array
+    nonfinite_new: jax.Array
 
     @classmethod
     def empty(cls) -> Self:
@@ -97,25 +97,26 @@ def measure(before: jax.Array, after: jax.Array, fresh: jax.Array | None) -> Cha
     size = jnp.full((), float(new.size), jnp.float32)
     none = jnp.zeros((), jnp.float32)
     of_new = [new * new, _flag(new == 0), _flag(~jnp.isfinite(new)), *([] if fresh is None else [_flag(fresh)])]
-    of_old = [old * old, _flag(~jnp.isfinite(old))]
     if old.shape == new.shape:
         change = new - old
-        together = totals([*of_new, *of_old, change * change, _flag(change != 0)])
-        square_change, changed = together[-2:]
-        sums_new, sums_old = together[: len(of_new)], together[len(of_new) : -2]
+        became = ~jnp.isfinite(new) & jnp.isfinite(old)
+        together = totals([*of_new, old * old, change * change, _flag(change != 0), _flag(became)])
+        sums_new, (square_before, square_change, changed, nonfinite_new) = together[:-4], together[-4:]
     else:
-        sums_new, sums_old = totals(of_new), totals(of_old)
+        sums_new = totals(of_new)
+        square_before, nonfinite_before = totals([old * old, _flag(~jnp.isfinite(old))])
         square_change, changed = sums_new[0], size
+        nonfinite_new = jnp.maximum(sums_new[2] - nonfinite_before, 0)
     return Change(
         size=size,
         changed=changed,
         fresh=none if fresh is None else sums_new[3],
-        square_before=sums_old[0],
+        square_before=square_before,
         square_after=sums_new[0],
         square_change=square_change,
         zeros=sums_new[1],
-        nonfinite_before=sums_old[1],
         nonfinite=sums_new[2],
+        nonfinite_new=nonfinite_new,
     )
 
 

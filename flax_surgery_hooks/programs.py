@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from flax_surgery_hooks.errors import StructureError, SurgeryError
-from flax_surgery_hooks.metrics import Change, FireFigures
+from flax_surgery_hooks.metrics import Change, FireFigures, combine
 from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
 from flax_surgery_hooks.perform import Edited, examine, perform
 
@@ -179,9 +179,8 @@ def choose(ok: Any, new: Arrays, old: Arrays) -> Arrays:
 
 
 def is_fine(changes: Sequence[tuple[Change, Change]]) -> jax.Array:
-    """Whether no unit of a fire has more non-finite values after it than before."""
-    worse = [change.nonfinite > change.nonfinite_before for pair in changes for change in pair]
-    return ~jnp.any(jnp.stack(worse))
+    """Whether a fire makes no value non-finite that was finite."""
+    return combine(change for pair in changes for change in pair).nonfinite_new == 0
 
 
 class Verdict(NamedTuple):

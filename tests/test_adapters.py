@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -278,3 +280,52 @@ def test_step_and_optimizer_can_be_replaced_too():
     fsh.bind_nnx(model, optimizer).replace(step=7, tx=other).write_back()
     assert (optimizer.step[...], optimizer.step[...].dtype) == (7, jnp.uint32)
     assert optimizer.tx is other
+
+
+def by_rank(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: "matrix" if leaf.ndim > 1 else "vector", params)
+
+
+WRAPPED = {
+    "injected": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9),
+    "accumulating": lambda: optax.MultiSteps(tiny.MOMENTUM, 2),
+    "partitioned": lambda: optax.partition({"matrix": tiny.MOMENTUM, "vector": SGD}, by_rank),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_states_of_wrapping_optimizers_are_written_back(name):
+    model, optimizer = make(tx=WRAPPED[name]())
+    train_step(model, optimizer, X)
+    view = fsh.bind_nnx(model, optimizer)
+    before = jax.tree.map(np.array, view.opt_state)
+    tiny.make_hooks(halve, params="hidden/kernel", options={"opt_state": "transport"})(1, view)
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(view.opt_state), strict=True)
+    changed = [(a, np.asarray(b)) for a, b in pairs if not np.array_equal(a, b)]
+    assert changed
+    for old, new in changed:
+        assert old.shape == (3, 4)
+        np.testing.assert_allclose(new, 2 * old, rtol=1e-6)
+    train_step(model, optimizer, X)
+
+
+def test_a_fire_that_changes_shapes_writes_the_new_ones():
+    model, optimizer = make()
+
+    def widen(leaves):
+        return {path: jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, 1)]) for path, leaf in leaves.items()}
+
+    hooks = fsh.SurgeryHooks()
+    hooks.add("widen", widen, params="blocks/1/*", when=fsh.at(1), on_reshape=lambda state, record: None)
+    hooks(0, fsh.bind_nnx(model, optimizer))
+    assert model(X).shape == (5, 4)
+    hooks(1, fsh.bind_nnx(model, optimizer))
+    assert fsh.bind_nnx(model, optimizer).opt_state[0].trace["blocks"][1]["kernel"].shape == (4, 5)
+    train_step(model, optimizer, X)
+    assert model(X).shape == (5, 5)
+
+
+def test_nnx_is_imported_only_where_it_is_used():
+    code = "import sys, flax_surgery_hooks; assert 'flax.nnx' not in sys.modules, 'imported'"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr

@@ -5,6 +5,7 @@ import json
 import event_files
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from tiny import MOMENTUM, QUICK, assert_bitwise_equal, events, halve, make_hooks, make_state, w_of
 
@@ -246,3 +247,17 @@ def test_a_check_that_fails_at_the_first_call_can_be_retried_with_another_hook()
     hooks.add("a", halve, params="w", when=fsh.at(5))
     assert hooks(1, state) is state
     assert w_of(hooks(5, state)) == [0.5, 0.5]
+
+
+def test_what_becomes_non_finite_is_not_made_up_for_by_what_becomes_finite():
+    """Two NaN in one leaf are cleared while two values of another turn infinite, in one call of the surgery."""
+    params = {"v": jnp.array([jnp.nan, jnp.nan, 1.0]), "w": jnp.ones(3)}
+    state = fsh.TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1))
+
+    def swap(leaves):
+        return {"v": jnp.nan_to_num(leaves["v"]), "w": leaves["w"].at[:2].set(jnp.inf)}
+
+    with pytest.raises(fsh.errors.RefusedError):
+        fsh.operate(state, swap, opt_state="keep")
+    cleared, _ = fsh.operate(state, lambda leaf: jnp.nan_to_num(leaf), params="v", opt_state="keep")
+    assert bool(jnp.isfinite(cleared.params["v"]).all())

@@ -381,3 +381,19 @@ def test_idle_hooks_return_the_same_object():
 def test_no_hooks_at_all():
     hooks, state = fsh.SurgeryHooks(), make_state(1)
     assert all(hooks(step, state) is state for step in (1, 2, 5))
+
+
+def test_a_hook_added_after_its_step_is_recorded_as_passed():
+    hooks = fsh.SurgeryHooks()
+    hooks(50, make_state(50, w=jnp.ones(2)))
+    hooks.add("late", halve, params="w", when=fsh.at(20, 60))
+    passed = [record for record in hooks.ledger.records if record.event == "passed"]
+    assert [(record.hook, record.step, record.passed) for record in passed] == [("late", 51, (20,))]
+
+
+def test_a_record_of_many_missed_steps_stays_short():
+    hooks = fsh.SurgeryHooks()
+    hooks.add("often", halve, params="w", when=fsh.every(1))
+    hooks(1_000_000, make_state(1_000_000, w=jnp.ones(2)))
+    (passed,) = [record for record in hooks.ledger.records if record.event == "passed"]
+    assert passed.passed == tuple(range(1, 101))

@@ -82,6 +82,7 @@ def namespace(tmp_path: pathlib.Path) -> dict[str, Any]:
         "jax": jax,
         "jnp": jnp,
         "ml_collections": ml_collections,
+        "nn": nn,
         "nnx": nnx,
         "optax": optax,
     }

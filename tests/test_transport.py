@@ -17,6 +17,7 @@ import optax
 import pytest
 
 import flax_surgery_hooks as fsh
+from flax_surgery_hooks import checks, lineage
 
 EVEN = (mlp.even([0, 1, 2, 3] * 2), mlp.even([0, 1, 2, 3, 4, 5] * 3))
 RAGGED = (mlp.even([0, 1, 2, 3, 1, 1, 0]), mlp.even([5, 4, 3, 2, 1, 0, 0]))
@@ -429,6 +430,20 @@ NOT_MIXES = {
 def test_what_does_not_mix_is_not_called_mixing(name):
     _, record = fsh.operate(random_state((6, 8)), lambda w: NOT_MIXES[name](w), opt_state="transport")
     assert record.in_place == ()
+
+
+def test_no_norm_is_one_that_rounding_takes_for_mixing():
+    """XLA divides by a scalar by way of its reciprocal, so that `J r / J` is not always r."""
+
+    @jax.jit
+    def mixed(w):
+        edit = lineage.trace(
+            lambda leaves: {"w": leaves["w"] / jax.lax.stop_gradient(jnp.linalg.norm(leaves["w"]))}, {"w": w}
+        )
+        return checks.find(lineage.linearize(edit), transports=False, fold_back=None, name="edit").mixed["w"]
+
+    w = random_state((3, 2)).params["w"]
+    assert [int(mixed(w * size)) for size in np.linspace(0.5, 4, 64, dtype=np.float32)] == [0] * 64
 
 
 @pytest.mark.parametrize("edit", [lambda w: w / 0, lambda w: w * jnp.nan, lambda w: w.at[0, 0].set(jnp.inf)])
