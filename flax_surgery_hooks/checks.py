@@ -65,8 +65,13 @@ def _mixed(lineage: Lineage) -> Tree:
     up to rounding, whatever J is; a mix gives a weighted mean of r and of r^2, and the second is the square of the
     first only if all sources drew the same r. (Signs would miss half of the mixes of two.)
     """
-    flags = jax.lax.map(lambda salt: _differs(lineage, salt), jnp.arange(1, DRAWS + 1, dtype=jnp.uint32))
-    return {path: jnp.sum(jnp.any(flag, 0)) for path, flag in flags.items()}
+
+    def draw(salt: jax.Array, found: Tree) -> Tree:
+        shown = _differs(lineage, salt.astype(jnp.uint32))
+        return {path: flags | shown[path] for path, flags in found.items()}
+
+    nothing = {path: jnp.zeros(leaf.shape, bool) for path, leaf in lineage.new.items()}
+    return {path: jnp.sum(flags) for path, flags in jax.lax.fori_loop(1, DRAWS + 1, draw, nothing).items()}
 
 
 def _differs(lineage: Lineage, salt: jax.Array) -> Tree:

@@ -301,9 +301,9 @@ def test_factors_of_every_kind(kind, name, rule, x64):
     expected = np.where(coefficient == 0, 0.0, factor * slot.ravel()[source])
     np.testing.assert_allclose(np.asarray(new.opt_state.slot["w"]).ravel(), expected, rtol=1e-13)
     for other in Holding.classes:
-        wrong = kind_factor(other, coefficient, share)
-        if rule == "transport" and not np.allclose(wrong, factor):
-            assert not np.allclose(np.where(coefficient == 0, 0, wrong * slot.ravel()[source]), expected)
+        wrong = np.where(coefficient == 0, 0.0, kind_factor(other, coefficient, share))
+        if rule == "transport" and not np.allclose(wrong, np.where(coefficient == 0, 0.0, factor)):
+            assert not np.allclose(wrong * slot.ravel()[source], expected)
 
 
 @pytest.mark.parametrize("rule", ["transport", "carry"])
