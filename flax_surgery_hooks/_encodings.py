@@ -13,17 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks.errors import SurgeryError
+from flax_surgery_hooks.errors import WriterError
 
 Array = np.ndarray | jax.Array
 Scalar = int | float | np.number | Array
 
 _DEFAULT_BUCKETS = 30  # as in TensorFlow, so that a run looks the same with either writer
 _PNG_COLORS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> PNG colour type: grey, grey + alpha, RGB, RGBA
-
-
-class WriterError(SurgeryError):
-    """Metrics that cannot be written: a value of the wrong shape or type, a directory, a writer that is closed."""
 
 
 def flatten_hparams(hparams: Mapping[str, Any]) -> dict[str, bool | int | float | str]:

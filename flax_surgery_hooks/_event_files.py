@@ -29,7 +29,6 @@ from absl import logging
 from flax_surgery_hooks._encodings import (
     Array,
     Scalar,
-    WriterError,
     as_uint8_images,
     finite_elements,
     flatten_hparams,
@@ -39,7 +38,7 @@ from flax_surgery_hooks._encodings import (
     real_numbers,
     wav,
 )
-from flax_surgery_hooks.errors import StepError
+from flax_surgery_hooks.errors import StepError, WriterError
 
 _file_numbers = itertools.count()
 

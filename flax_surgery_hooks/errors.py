@@ -130,6 +130,10 @@ class LedgerError(SurgeryError):
     """A ledger file that cannot be written or read."""
 
 
+class WriterError(SurgeryError):
+    """Metrics that cannot be written: a value of the wrong shape or type, a directory, a writer that is closed."""
+
+
 def shorten(value: object, limit: int = 300) -> str:
     """`str(value)` cut in the middle to at most `limit` characters; arrays show as dtype and shape.
 

@@ -20,10 +20,9 @@ from absl import logging
 
 from flax_surgery_hooks._encodings import Array as Array
 from flax_surgery_hooks._encodings import Scalar as Scalar
-from flax_surgery_hooks._encodings import WriterError as WriterError
 from flax_surgery_hooks._encodings import finite_elements, flatten_hparams, histogram, real_numbers
 from flax_surgery_hooks._event_files import EventFileWriter as EventFileWriter
-from flax_surgery_hooks.errors import shorten
+from flax_surgery_hooks.errors import WriterError, shorten
 
 
 @runtime_checkable
