@@ -275,13 +275,9 @@ class SurgeryHooks:
                 found=f"step {step} after {self._last}",
                 write="one call for each value of state.step; a new SurgeryHooks to run the steps again",
             )
-        starts = not self._started
-        if starts:
+        if not self._started:
             self._start(step, state)
-        for name in sorted(self._unchecked, key=list(self._hooks).index):
-            self._check(self._hooks[name], state, inputs)
-        if starts:
-            check_ahead(self._ordered(), self._last, state, inputs, self.seed)
+        self._check_all(state, inputs)
         self._settler.settle(step)
         fired: list[Fired] = []
         counts = dict(self._counts)
@@ -307,6 +303,19 @@ class SurgeryHooks:
         self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
         for hook in self._ordered():
             fires.note_missed(self.ledger, hook.name, hook.when, step - 1)
+
+    def _check_all(self, state: Any, inputs: dict[str, Any]) -> None:
+        """Checks the hooks that have not been checked, on this state and on the shapes it will have."""
+        unchecked = sorted(self._unchecked, key=list(self._hooks).index)
+        if not unchecked:
+            return
+        for name in unchecked:
+            self._check(self._hooks[name], state, inputs)
+        try:
+            check_ahead(self._ordered(), self._last, state, inputs, self.seed)
+        except BaseException:
+            self._unchecked.update(unchecked)  # a call that tries again is told again
+            raise
 
     def _check(self, hook: Hook, state: Any, inputs: dict[str, Any]) -> None:
         """Finds everything that can be wrong with a hook on this state, without editing anything."""
