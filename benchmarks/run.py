@@ -145,7 +145,9 @@ def main() -> None:
     text = f"# What hooks cost\n\nBy `python benchmarks/run.py`, {where}, JAX {jax.__version__}.\n\n" + "\n".join(lines)
     print(text)
     if not fast:
-        (HERE / "RESULTS.md").write_text(text + "\n")
+        results = HERE / "RESULTS.md"
+        _, _, remarks = results.read_text().partition("\n\nNot yet") if results.exists() else ("", "", "")
+        results.write_text(text + "\n" + (f"\nNot yet{remarks}" if remarks else ""))
 
 
 if __name__ == "__main__":
