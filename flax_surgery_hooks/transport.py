@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks.lineage import Lineage, Tree, gradient_share, safe_divide
+from flax_surgery_hooks.lineage import Lineage, Tree, gradient_share, ones_like, safe_divide
 from flax_surgery_hooks.reductions import sums, totals
 
 SECOND_MOMENTS = ("grad_sq", "grad_abs")
@@ -63,12 +63,8 @@ def follow(
     """
     share = None
     if transports:
-        share = fold(_ones(lineage.old)) if fold is not None else gradient_share(lineage, name)
+        share = fold(ones_like(lineage.old)) if fold is not None else gradient_share(lineage, name)
     return Follow(lineage, share, fold, in_place)
-
-
-def _ones(tree: Tree) -> Tree:
-    return {path: jnp.ones_like(leaf) for path, leaf in tree.items()}
 
 
 def move(how: Follow, rule: str, kind: str, slots: Tree) -> Tree:
