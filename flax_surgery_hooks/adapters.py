@@ -24,16 +24,18 @@ class Bound:
       params: the parameters.
       opt_state: what `tx.init(params)` makes, some steps later.
       step: train steps applied so far, or None where the trainer's own count is the only one.
+      surgery: what surgeries remember.
       tx: the `optax.GradientTransformation`.
     """
 
     params: Any
     opt_state: Any
     step: Any = None
+    surgery: Any = None
     tx: Any = flax.struct.field(pytree_node=False, default=None)
 
 
-def bind(*, params: Any, opt_state: Any, tx: Any, step: Any = None) -> Bound:
+def bind(*, params: Any, opt_state: Any, tx: Any, step: Any = None, surgery: Any = None) -> Bound:
     """What hooks take as a state, of parts that a trainer keeps apart.
 
     Args:
@@ -42,6 +44,7 @@ def bind(*, params: Any, opt_state: Any, tx: Any, step: Any = None) -> Bound:
       tx: the optimizer that made it.
       step: train steps applied so far, if the trainer keeps such an array; the first call of hooks compares theirs
         with it. Without it a state replicated for pmap is recognised only if its optimizer counts.
+      surgery: what surgeries remember: `hooks.init(fsh.bind(...)).surgery`, then that of the last call.
 
     >>> import jax.numpy as jnp, optax, flax_surgery_hooks as fsh
     >>> hooks = fsh.SurgeryHooks()
@@ -51,7 +54,10 @@ def bind(*, params: Any, opt_state: Any, tx: Any, step: Any = None) -> Bound:
     >>> bound.params["w"].tolist()
     [0.5, 0.5]
     """
-    return Bound(params=params, opt_state=opt_state, step=step, tx=tx)
+    return Bound(params=params, opt_state=opt_state, step=step, surgery=surgery, tx=tx)
+
+
+_CHILDREN = ("params", "opt_state", "step", "surgery")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +102,12 @@ class NnxState:
         return self._pending["step"] if "step" in self._pending else _pure(self._pair.optimizer.step)
 
     @property
+    def surgery(self) -> Any:
+        """What surgeries remember; `hooks.init` keeps it as an attribute `surgery` of the optimizer."""
+        held = getattr(self._pair.optimizer, "surgery", None)
+        return self._pending["surgery"] if "surgery" in self._pending else _pure(held)
+
+    @property
     def tx(self) -> Any:
         """The `optax.GradientTransformation`."""
         return self._pending.get("tx", self._pair.optimizer.tx)
@@ -104,17 +116,17 @@ class NnxState:
         """Another state with these values pending.
 
         Args:
-          **changes: new `params`, `opt_state`, `step` or `tx`.
+          **changes: new `params`, `opt_state`, `step`, `surgery` or `tx`.
 
         Raises:
           StateError: another name.
         """
-        unknown = [name for name in changes if name not in ("params", "opt_state", "step", "tx")]
+        unknown = [name for name in changes if name not in (*_CHILDREN, "tx")]
         if unknown:
             raise StateError(
                 f"A bound NNX model has no field {unknown[0]!r}.",
                 found=f"replace({unknown[0]}=...)",
-                write="params=, opt_state=, step= or tx=; other attributes on the model itself",
+                write="params=, opt_state=, step=, surgery= or tx=; other attributes on the model itself",
             )
         return NnxState(self._pair, {**self._pending, **changes})
 
@@ -140,19 +152,21 @@ class NnxState:
             nnx.update(optimizer.opt_state, nnx.state(pending["opt_state"], **_mode(optimizer)))
         if "step" in pending:
             optimizer.step[...] = jnp.asarray(pending["step"], jnp.result_type(here.step))
+        if "surgery" in pending:
+            _keep_memory(optimizer, pending["surgery"])
         if "tx" in pending:
             optimizer.tx = pending["tx"]
         return here
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Arrays, and what is static, for JAX."""
-        return (self.params, self.opt_state, self.step), (self._pair, self.tx)
+        return tuple(getattr(self, name) for name in _CHILDREN), (self._pair, self.tx)
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> NnxState:
         """The inverse of `tree_flatten`, with all values pending."""
         pair, tx = static
-        pending = dict(zip(("params", "opt_state", "step"), children, strict=True))
+        pending = dict(zip(_CHILDREN, children, strict=True))
         return cls(pair, pending if tx is pair.optimizer.tx else {**pending, "tx": tx})
 
 
@@ -204,6 +218,18 @@ def _pure(tree: Any) -> Any:
 
 def _mode(optimizer: Any) -> dict[str, Any]:
     return {"graph": optimizer.graph} if hasattr(optimizer, "graph") else {}  # Flax 0.11 has no modes
+
+
+def _keep_memory(optimizer: Any, memory: Any) -> None:
+    """Puts arrays into the optimizer's attribute, as variables of the class that its own step is."""
+    from flax import nnx
+
+    held = getattr(optimizer, "surgery", None)
+    new: Any = jax.tree.structure(memory)
+    if held is not None and jax.tree.structure(_pure(held)) == new:
+        nnx.update(held, nnx.state(memory, **_mode(optimizer)))
+        return
+    optimizer.surgery = nnx.data(jax.tree.map(type(optimizer.step), memory))
 
 
 def _params(pair: _Pair) -> Any:

@@ -1,41 +1,17 @@
-"""A registered hook, and the look ahead at the shapes it will meet."""
+"""The look ahead, at the first call, at the shapes that hooks will meet."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from flax_surgery_hooks import fires
+from flax_surgery_hooks import fires, memory
 from flax_surgery_hooks.errors import located
 from flax_surgery_hooks.operate import bind_inputs
-from flax_surgery_hooks.operation import Operation
-from flax_surgery_hooks.schedules import Schedule
+from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.slots import as_abstract
-from flax_surgery_hooks.structure import Reshape
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One registered hook.
-
-    Attributes:
-      name: its unique name.
-      operation: what it does to a state.
-      when: at which steps.
-      priority: hooks due at one step fire from the highest to the lowest.
-      order: number of its registration, which decides between equal priorities.
-      reshape: what it brings for the shapes after it.
-    """
-
-    name: str
-    operation: Operation
-    when: Schedule
-    priority: int
-    order: int
-    reshape: Reshape
 
 
 def check_ahead(hooks: Sequence[Hook], last: int, state: Any, inputs: dict[str, Any], seed: int) -> None:
@@ -54,12 +30,12 @@ def check_ahead(hooks: Sequence[Hook], last: int, state: Any, inputs: dict[str, 
     first_due = [(hook.when.next_step(last), order, hook) for order, hook in enumerate(hooks) if hook.reshape.declared]
     if not first_due:
         return
-    ahead = state.replace(
-        params=jax.tree.map(as_abstract, state.params), opt_state=jax.tree.map(as_abstract, state.opt_state)
-    )
+    fields = [name for name in ("params", "opt_state", "surgery") if hasattr(state, name)]
+    ahead = state.replace(**{name: jax.tree.map(as_abstract, getattr(state, name)) for name in fields})
     for step, _, hook in sorted((due for due in first_due if due[0] is not None), key=lambda due: due[:2]):
         assert step is not None
         ahead = _foresee(hook, ahead, inputs, seed)
+        ahead = memory.fitted(ahead, [(each.name, each.operation) for each in hooks], seed, anew=True)
         for other in hooks:
             if other.when.next_step(step) is not None:
                 _foresee(other, ahead, inputs, seed)
@@ -69,4 +45,4 @@ def _foresee(hook: Hook, ahead: Any, inputs: dict[str, Any], seed: int) -> Any:
     with located(hook=hook.name):
         operation, arrays = bind_inputs(hook.operation, inputs)
         key = fires.fire_key(operation, seed, hook.name, 0, 0)
-        return fires.foresee(operation, ahead, key, arrays, hook.reshape)
+        return fires.foresee(operation, ahead, hook.name, key, arrays, hook.reshape)

@@ -9,6 +9,7 @@ import importlib.metadata
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +17,20 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from flax_surgery_hooks import memory
 from flax_surgery_hooks.errors import RefusedError
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
-from flax_surgery_hooks.operate import arrays_of, needs_key, plan_units, record_of, run, run_abstractly
+from flax_surgery_hooks.operate import Outcome, needs_key, record_of, run, run_abstractly
 from flax_surgery_hooks.operate import commit as put_outcome
-from flax_surgery_hooks.operation import Operation, fire_for
+from flax_surgery_hooks.operation import Operation, Unit, fire_for
 from flax_surgery_hooks.paths import listed
-from flax_surgery_hooks.programs import Programs
+from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
+from flax_surgery_hooks.programs import Arrays, Programs
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.structure import Reshape, shapes
 from flax_surgery_hooks.surgery import path_hash
-from flax_surgery_hooks.train_state import take_apart
+from flax_surgery_hooks.train_state import Parts, take_apart
 
 SHOWN = 100
 """How many missed steps a record lists."""
@@ -36,12 +39,19 @@ NEVER = sys.maxsize
 """A step that no run reaches; an int, as comparing one with a float costs more."""
 
 
-def foresee(operation: Operation, state: Any, key: Any, inputs: dict[str, Any], reshape: Reshape) -> Any:
+def foresee(operation: Operation, state: Any, name: str, key: Any, inputs: dict[str, Any], reshape: Reshape) -> Any:
     """The state after a fire, abstractly: raises whatever a fire on leaves of these shapes would."""
     parts = take_apart(state)
-    plan = plan_units(operation, parts)
-    outcome = run_abstractly(operation, plan, [arrays_of(unit, parts) for unit in plan], key, jnp.int32(0), inputs)
-    return reshape.replaced(put_outcome(state, parts, plan, outcome))
+    plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
+    outcome = run_abstractly(operation, plan, arrays, key, jnp.int32(0), inputs)
+    return reshape.replaced(put_outcome(state, parts, plan, outcome, reshape.tx))
+
+
+def _planned(
+    operation: Operation, parts: Parts, remembered: Any, key: Any, inputs: dict[str, Any], reshape: Reshape
+) -> tuple[list[Unit], list[Arrays]]:
+    plan = plan_units(operation, parts, key, inputs, remembered, reshape.tx)
+    return plan, [arrays_of(unit, parts, fire_memory(operation, unit, remembered)) for unit in plan]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,18 +88,21 @@ def _folded(seed: int, name: Any, step: Any, count: int) -> jax.Array:
     return jax.random.fold_in(key, count) if count else key
 
 
-def prepare(programs: Programs, state: Any, key: Any, step: int, inputs: dict[str, Any], reshape: Reshape) -> None:
+def prepare(
+    programs: Programs, state: Any, name: str, key: Any, step: int, inputs: dict[str, Any], reshape: Reshape
+) -> None:
     """Raises whatever a fire on this state would raise, and edits nothing."""
-    parts = take_apart(state)
+    operation, parts = programs.operation, take_apart(state)
     reshape.check(state)
-    for unit in plan_units(programs.operation, parts):
-        fire = fire_for(unit, key, jnp.int32(step), inputs)
-        programs.prepare(unit, arrays_of(unit, parts), fire, may_reshape=reshape.declared)
+    plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
+    for unit, one in zip(plan, arrays, strict=True):
+        programs.prepare(unit, one, fire_for(unit, key, jnp.int32(step), inputs), may_reshape=reshape.declared)
 
 
 def fire(
     programs: Programs,
     state: Any,
+    name: str,
     key: Any,
     step: int,
     inputs: dict[str, Any],
@@ -99,22 +112,29 @@ def fire(
 ) -> tuple[Any, Fired]:
     """Fires one operation on a concrete state; without `commit` the state comes back as it was.
 
-    Waits for nothing, unless shapes change: then for the guard's verdict.
+    Waits for nothing, unless shapes or paths change: then for the guard's verdict.
     """
-    parts = take_apart(state)
-    plan = plan_units(programs.operation, parts)
-    arrays = [arrays_of(unit, parts) for unit in plan]
+    operation, parts = programs.operation, take_apart(state)
+    remembered = memory.held(state, name, operation)
+    plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
     fires = [fire_for(unit, key, jnp.int32(step), inputs) for unit in plan]
     outcome = run(programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit)
     before = shapes(state.params)
-    if commit:
-        state = put_outcome(state, parts, plan, outcome)
+    if outcome.applied:
+        state = put_outcome(state, parts, plan, outcome, reshape.tx)
+        if operation.edit.takes("memory"):
+            state = memory.put(state, name, _remembered(operation, plan, outcome))
     reshaped = shapes(state.params) != before
     if reshaped:
         state = reshape.replaced(state)
-    figures = outcome.figures if programs.operation.figures else {}
-    record = record_of(programs.operation, plan, outcome)
-    return state, Fired(record, figures, outcome.ok, reshaped)
+    figures = outcome.figures if operation.figures else {}
+    return state, Fired(record_of(operation, plan, outcome), figures, outcome.ok, reshaped)
+
+
+def _remembered(operation: Operation, plan: Sequence[Unit], outcome: Outcome) -> Any:
+    """What a surgery remembers after a fire."""
+    by_path = {unit.paths[0]: new.memory for unit, new in zip(plan, outcome.arrays, strict=True)}
+    return next(iter(by_path.values())) if operation.edit.many else by_path
 
 
 def read(figures: dict[str, Any]) -> dict[str, float]:

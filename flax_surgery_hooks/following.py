@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from flax_surgery_hooks import transport
 from flax_surgery_hooks.errors import RuleError, SlotError, UserCodeError, located, shorten
-from flax_surgery_hooks.operation import FOLLOWING, Fire, Operation, Unit, like
+from flax_surgery_hooks.operation import FOLLOWING, NOTHING, Fire, Operation, Unit, like
 from flax_surgery_hooks.slots import Slot
+from flax_surgery_hooks.surgery import path_hash
 
 
 def move_slots(
@@ -28,50 +29,74 @@ def move_slots(
     """New slots, which of their elements are fresh, and the seeds that were used."""
     values = [jnp.asarray(slot) for slot in slots]
     gathered = _gather_all(operation, unit, how, values)
+    old = dict(zip(unit.paths, params, strict=True))
     results, flags, used = [], [], []
-    for i, slot in enumerate(unit.slots):
-        position = unit.position(slot)
-        path, rule = unit.paths[position], operation.rules.rule(slot.kind)
+    for i, (slot, origin) in enumerate(zip(unit.after.slots, unit.origins(), strict=True)):
+        position = unit.after.position(slot)
+        path, rule = unit.after.paths[position], operation.rules.rule(slot.kind)
         seed = jnp.zeros((), jnp.float32)
         fresh = None
         with located(path=path):
+            value = values[origin] if origin is not None else _started(unit, i, slot, new[position])
             if i in gathered:
                 assert how is not None
-                fresh = how.fresh(path, str(rule))
-                seed = seeds[i] if seeds is not None else _seed(operation, slot, gathered[i], fresh, values[i])
+                fresh = how.fresh(path, str(rule), tuple(_held(unit, values, slot.group, slot.kind)))
+                before = value if origin is not None else jnp.asarray(NOTHING)
+                seed = seeds[i] if seeds is not None else _seed(operation, slot, gathered[i], fresh, before)
                 result = transport.fill_fresh(gathered[i], fresh, slot.kind, seed)
             elif callable(rule):
-                result = _call_rule(rule, slot, path, values[i], params[position], new[position], fire, position)
+                hashed = fire.hashes[unit.paths.index(path)] if path in old else path_hash(path)
+                result = _call_rule(rule, slot, path, value, old.get(path), new[position], fire.key, hashed)
             elif rule == "reset":
-                result = _reset(slot, values[i], new[position])
+                result = _reset(slot, value, new[position])
                 fresh = jnp.ones(result.shape, bool)
             else:
-                result = _keep(slot, values[i], params[position], new[position])
-        results.append(like(result, slots[i]))
+                result = _keep(slot, value, old.get(path), new[position])
+        results.append(like(result, slots[origin]) if origin is not None else result.astype(value.dtype))
         flags.append(fresh)
         used.append(seed)
     return tuple(results), tuple(flags), tuple(used)
 
 
+def _started(unit: Unit, place: int, slot: Slot, new: jax.Array) -> jax.Array:
+    """The slot of a new leaf as `tx.init` makes it."""
+    dtype = unit.after.dtypes[1][place]
+    return new.astype(dtype) if slot.kind == "param" else jnp.full(new.shape, slot.init or 0.0, dtype)
+
+
 def _gather_all(
     operation: Operation, unit: Unit, how: transport.Follow | None, values: Sequence[jax.Array]
 ) -> dict[int, jax.Array]:
-    """The moved slots by their index; the slots of one field and kind move together through the edit."""
+    """The moved slots by their index after the edit; the slots of one field and kind move together through the edit."""
     if how is None:
         return {}
-    together: dict[tuple[str, str], list[int]] = {}
-    for i, slot in enumerate(unit.slots):
-        if operation.rules.rule(slot.kind) in FOLLOWING:
-            together.setdefault((slot.group, slot.kind), []).append(i)
     moved: dict[int, jax.Array] = {}
-    for (_, kind), members in together.items():
-        owners = {unit.paths[unit.position(unit.slots[i])]: i for i in members}
-        for path, i in owners.items():
-            _check_layout(unit.slots[i], values[i], how.lineage.old[path], path)
-        rule = str(operation.rules.rule(kind))
-        arrived = transport.move(how, rule, kind, {path: values[i] for path, i in owners.items()})
-        moved.update({i: arrived[path] for path, i in owners.items()})
+    for (group, kind), members in _together(operation, unit).items():
+        held = _held(unit, values, group, kind)
+        for path, (slot, value) in held.items():
+            _check_layout(slot, value, how.lineage.old[path], path)
+        slots = {path: value for path, (_, value) in held.items()}
+        arrived = transport.move(how, str(operation.rules.rule(kind)), kind, slots, list(members))
+        moved.update({i: arrived[path] for path, i in members.items()})
     return moved
+
+
+def _held(unit: Unit, values: Sequence[jax.Array], group: str, kind: str) -> dict[str, tuple[Slot, jax.Array]]:
+    """Path -> slot and value before the edit, of one field and kind."""
+    return {
+        unit.path(slot): (slot, value)
+        for slot, value in zip(unit.slots, values, strict=True)
+        if (slot.group, slot.kind) == (group, kind)
+    }
+
+
+def _together(operation: Operation, unit: Unit) -> dict[tuple[str, str], dict[str, int]]:
+    """Field and kind -> path -> index of the slot after the edit, for those that follow the edit."""
+    together: dict[tuple[str, str], dict[str, int]] = {}
+    for i, slot in enumerate(unit.after.slots):
+        if operation.rules.rule(slot.kind) in FOLLOWING:
+            together.setdefault((slot.group, slot.kind), {})[unit.after.path(slot)] = i
+    return together
 
 
 def _check_layout(slot: Slot, value: jax.Array, old: jax.Array, path: str) -> None:
@@ -98,24 +123,26 @@ def _reset(slot: Slot, value: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def _keep(slot: Slot, value: jax.Array, old: Any, new: jax.Array) -> jax.Array:
-    if new.shape != jnp.shape(old):
+    if old is None or new.shape != jnp.shape(old):
         raise RuleError(
-            f"{slot.name} cannot be kept: the edit changes the leaf's shape.",
-            found=f"{list(jnp.shape(old))} -> {list(new.shape)}",
+            f"{slot.name} cannot be kept: "
+            + ("there is none, as the edit adds the leaf." if old is None else "the edit changes the leaf's shape."),
+            found=None if old is None else f"{list(jnp.shape(old))} -> {list(new.shape)}",
             write="opt_state='carry', 'transport' or 'reset'",
         )
     return value
 
 
 def _call_rule(
-    rule: Any, slot: Slot, path: str, value: jax.Array, old: Any, new: jax.Array, fire: Fire, position: int
+    rule: Any, slot: Slot, path: str, value: jax.Array, old: Any, new: jax.Array, key: Any, hashed: Any
 ) -> jax.Array:
     own = None
-    if fire.key is not None:
-        own = jax.random.fold_in(jax.random.fold_in(fire.key, fire.hashes[position]), zlib.crc32(slot.group.encode()))
+    if key is not None:
+        own = jax.random.fold_in(jax.random.fold_in(key, hashed), zlib.crc32(slot.group.encode()))
     name = getattr(rule, "__name__", type(rule).__name__)
     try:
-        result = rule(value, kind=slot.kind, path=path, old=jnp.asarray(old), new=new, key=own)
+        before = None if old is None else jnp.asarray(old)
+        result = rule(value, kind=slot.kind, path=path, old=before, new=new, key=own)
     except Exception as error:
         raise UserCodeError(
             f"The opt_state function {name} raised {type(error).__name__} on {slot.name}: {shorten(error)}",

@@ -7,21 +7,21 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from flax_surgery_hooks import fires, rules
-from flax_surgery_hooks.ahead import Hook, check_ahead
+from flax_surgery_hooks import fires, memory, rules
+from flax_surgery_hooks.ahead import check_ahead
 from flax_surgery_hooks.errors import HookError, ScheduleError, StateError, StepError, located
 from flax_surgery_hooks.fires import Fired, Settler
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.operate import bind_inputs, make_operation
 from flax_surgery_hooks.operation import Operation
-from flax_surgery_hooks.paths import close_matches, listed
+from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.programs import Programs
+from flax_surgery_hooks.registration import Hook, check_name, find, in_order
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.selection import Patterns
 from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
 from flax_surgery_hooks.structure import Reshape
-from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import written
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -160,7 +160,7 @@ class SurgeryHooks:
           SurgeryError: anything else that can be seen without a state.
         """
         with located(hook=name if isinstance(name, str) else repr(name)):
-            self._check_name(name)
+            check_name(self._hooks, name)
             if not isinstance(when, Schedule):
                 raise ScheduleError(
                     "`when=` is no schedule.", found=repr(when), write="when=fsh.every(200) or fsh.at(1_000)"
@@ -197,7 +197,7 @@ class SurgeryHooks:
         Raises:
           HookError: there is no such hook.
         """
-        self._get(name)
+        find(self._hooks, name)
         del self._hooks[name], self._programs[name]
         self._unchecked.discard(name)
         self._wake = -1
@@ -239,7 +239,7 @@ class SurgeryHooks:
           The edited state.
         """
         check_concrete(state)
-        hook, step = self._get(name), step_of(state) if step is None else checked_step(step)
+        hook, step = find(self._hooks, name), step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
         state, fired = self._fire(hook, state, step, inputs)
         state = written(state)
@@ -249,10 +249,38 @@ class SurgeryHooks:
     def preview(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Record:
         """The record that a fire would leave, with its figures; commits nothing. Arguments as for `fire`."""
         check_concrete(state)
-        hook, step = self._get(name), step_of(state) if step is None else checked_step(step)
+        hook, step = find(self._hooks, name), step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
         _, fired = self._fire(hook, state, step, inputs, commit=False)
         return replace(fired.record, event="preview", figures=fires.read(fired.figures), id=None)
+
+    def init(self, state: Any) -> Any:
+        """The state with room for what surgeries remember, in its field `surgery`. Once all hooks are added, before
+        the first train step: a later change of the state's structure would compile the step anew.
+
+        A memory that is there already, from a checkpoint, is kept. Works on concrete, abstract and traced states.
+
+        Raises:
+          StateError: the state has no such field, or holds a memory that does not fit.
+        """
+        return written(memory.fitted(state, self._named(), self.seed))
+
+    def in_graph(self, state: Any, **inputs: Any) -> Any:
+        """What hooks do at every step: their surgeries' `observe`. For inside the jitted train step, or a scan.
+
+        Hooks are observed in the order in which they fire; nothing is measured or recorded, slots stay as they are.
+
+        Args:
+          state: the train state, traced or not.
+          **inputs: whatever an `observe` asks for by name.
+
+        Returns:
+          The state, of the same structure.
+
+        Raises:
+          StateError: `init` has not been called.
+        """
+        return written(memory.observe(state, self._named(), self.seed, inputs))
 
     def flush(self) -> None:
         """Reads the figures of all fires now, which waits for the device, and flushes the writer."""
@@ -324,7 +352,7 @@ class SurgeryHooks:
         with located(hook=hook.name):
             operation, arrays = bind_inputs(hook.operation, inputs)
             key = fires.fire_key(operation, self.seed, hook.name, 0, 0)
-            fires.prepare(self._compiled(hook, operation), state, key, 0, arrays, hook.reshape)
+            fires.prepare(self._compiled(hook, operation), state, hook.name, key, 0, arrays, hook.reshape)
         self._unchecked.discard(hook.name)
 
     def _fire(
@@ -342,10 +370,11 @@ class SurgeryHooks:
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)
             programs = self._compiled(hook, operation)
-            state, fired = fires.fire(programs, state, key, step, arrays, hook.reshape, commit=commit)
+            state, fired = fires.fire(programs, state, hook.name, key, step, arrays, hook.reshape, commit=commit)
             seconds = time.perf_counter() - start
             record = replace(fired.record, hook=hook.name, step=step, passed=passed, seconds=seconds)
             if fired.reshaped:
+                state = memory.fitted(state, self._named(), self.seed, anew=True)
                 state = hook.reshape.finish(state, record)
                 self._unchecked.update(name for name, other in self._hooks.items() if other.when.next_step(step))
         if commit:
@@ -383,30 +412,8 @@ class SurgeryHooks:
         due = (hook.when.next_step(self._last) for hook in self._hooks.values())
         self._wake = min([fires.NEVER, self._settler.wake, *(step for step in due if step is not None)])
 
+    def _named(self) -> list[tuple[str, Operation]]:
+        return [(hook.name, hook.operation) for hook in self._ordered()]
+
     def _ordered(self) -> list[Hook]:
-        return sorted(self._hooks.values(), key=lambda hook: (-hook.priority, hook.order))
-
-    def _get(self, name: str) -> Hook:
-        if name not in self._hooks:
-            raise HookError(
-                "There is no hook of this name.",
-                hook=str(name),
-                found=f"hooks {listed(self._hooks) or 'none'}",
-                write=listed(close_matches(str(name), self._hooks)) or None,
-            )
-        return self._hooks[name]
-
-    def _check_name(self, name: Any) -> None:
-        if not isinstance(name, str) or not name or not name.replace("_", "a").replace("-", "a").isalnum():
-            raise HookError(
-                "A hook's name is made of letters, digits, '_' and '-'.", found=repr(name), write='"head_norm"'
-            )
-        for other in self._hooks:
-            if other == name or path_hash(other) == path_hash(name):
-                raise HookError(
-                    "The name is taken."
-                    if other == name
-                    else "The name has the same hash as another, and so the same keys.",
-                    found=repr(other),
-                    write="another name, or hooks.remove() first",
-                )
+        return in_order(self._hooks.values())

@@ -34,7 +34,9 @@ class Record:
       id: number of the fire in this session; joins a "fired" record with what becomes of it.
       surgery: the surgery's name and fields, as JSON.
       rule: how optimizer slots followed.
-      paths: the leaves.
+      paths: the leaves, after the edit.
+      added: those of the leaves that the edit added.
+      removed: leaves that it took away.
       leaves: per leaf its shape and dtype after the edit.
       in_place: the leaves whose slots stayed in place under "carry" because the edit mixes elements.
       passed: due steps since the last call that this fire stands for.
@@ -51,6 +53,8 @@ class Record:
     surgery: str = _static("")
     rule: str = _static("")
     paths: tuple[str, ...] = _static(())
+    added: tuple[str, ...] = _static(())
+    removed: tuple[str, ...] = _static(())
     leaves: tuple[tuple[tuple[int, ...], str], ...] = _static(())
     in_place: tuple[str, ...] = _static(())
     passed: tuple[int, ...] = _static(())
@@ -65,6 +69,8 @@ class Record:
         fields["surgery"] = json.loads(self.surgery) if self.surgery else None
         fields["rule"] = self.rule
         fields["paths"] = list(self.paths)
+        fields["added"] = list(self.added)
+        fields["removed"] = list(self.removed)
         fields["leaves"] = [{"shape": list(shape), "dtype": dtype} for shape, dtype in self.leaves]
         fields["in_place"] = list(self.in_place)
         fields["passed"] = list(self.passed)

@@ -7,7 +7,7 @@ new draw, a zero, anything under `stop_gradient`). A row with several entries *m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,35 +68,33 @@ class Lineage:
     coefficient: Tree
     chunk_bits: int
 
-    def gather(self, slots: Tree) -> Tree:
+    def gather(self, slots: Tree, paths: Sequence[str]) -> Tree:
         """The bits of each new element's source, 0 where it has none.
 
         A slot is moved as small integers, `round(J c / J)`, so that no coefficient, however odd, costs a bit of it.
 
         Args:
-          slots: path -> slot, shaped like the old leaf of that path, of any dtype.
+          slots: path -> slot, shaped like the old leaf of that path; all of one dtype, whichever.
+          paths: the new leaves that get such a slot.
         """
-        names = list(slots)
-        bits = {path: _to_bits(slots[path]) for path in names}
-        width = max(bits[path].dtype.itemsize * 8 for path in names)
-        moved = {path: jnp.zeros(self.coefficient[path].shape, bits[path].dtype) for path in names}
-        for shift in range(0, width, self.chunk_bits):
-            chunks = {path: _chunk(bits[path], shift, self.chunk_bits) for path in names}
-            arrived = self._push_chunks(chunks)
-            for path in names:
-                if shift < bits[path].dtype.itemsize * 8:
-                    dtype = bits[path].dtype
-                    moved[path] |= arrived[path].astype(dtype) << jnp.asarray(shift, dtype)
-        return {path: _from_bits(moved[path], slots[path].dtype) for path in names}
+        dtype = next((slot.dtype for slot in slots.values()), jnp.dtype(jnp.float32))
+        bits = {path: _to_bits(slot) for path, slot in slots.items()}
+        unsigned = next((each.dtype for each in bits.values()), jnp.dtype(jnp.uint32))
+        moved = {path: jnp.zeros(self.coefficient[path].shape, unsigned) for path in paths}
+        for shift in range(0, unsigned.itemsize * 8 if slots else 0, self.chunk_bits):
+            arrived = self._push_chunks({path: _chunk(bits[path], shift, self.chunk_bits) for path in slots}, paths)
+            for path in paths:
+                moved[path] |= arrived[path].astype(unsigned) << jnp.asarray(shift, unsigned)
+        return {path: _from_bits(moved[path], dtype) for path in paths}
 
-    def _push_chunks(self, chunks: Tree) -> Tree:
+    def _push_chunks(self, chunks: Tree, paths: Sequence[str]) -> Tree:
         scale = float(2**self.chunk_bits)
         tangents = {}
         for path, leaf in self.old.items():
             chunk = chunks.get(path)
             tangents[path] = jnp.zeros_like(leaf) if chunk is None else chunk.astype(leaf.dtype) / scale
         pushed = self.push(tangents)
-        return {path: jnp.round(safe_divide(pushed[path], self.coefficient[path]) * scale) for path in chunks}
+        return {path: jnp.round(safe_divide(pushed[path], self.coefficient[path]) * scale) for path in paths}
 
 
 def linearize(edit: TracedEdit, name: str = "the edit") -> Lineage:
@@ -202,8 +200,6 @@ def _from_bits(bits: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _chunk(bits: jax.Array, shift: int, count: int) -> jax.Array:
-    if shift >= bits.dtype.itemsize * 8:
-        return jnp.zeros_like(bits)
     mask = jnp.asarray((1 << min(count, bits.dtype.itemsize * 8)) - 1, bits.dtype)
     return (bits >> jnp.asarray(shift, bits.dtype)) & mask
 

@@ -16,13 +16,15 @@ import numpy as np
 
 from flax_surgery_hooks import checks, rules
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
-from flax_surgery_hooks.errors import InputError, RefusedError
+from flax_surgery_hooks.errors import InputError, RefusedError, StateError
 from flax_surgery_hooks.ledger import Record
-from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows, units
+from flax_surgery_hooks.metrics import Change
+from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
-from flax_surgery_hooks.programs import Arrays, Measured, Programs, choose, judge, verdict
+from flax_surgery_hooks.planning import arrays_of, plan_units
+from flax_surgery_hooks.programs import Arrays, Measured, Programs, changes_of, choose, judge, verdict
+from flax_surgery_hooks.repath import opt_state_for, repathed
 from flax_surgery_hooks.selection import Patterns, select
-from flax_surgery_hooks.slots import slots_of
 from flax_surgery_hooks.surgery import RESERVED, Edit, as_edit, describe
 from flax_surgery_hooks.train_state import Parts, put_back, take_apart
 
@@ -78,11 +80,16 @@ def operate(
         surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard
     )
     operation, traced_inputs = bind_inputs(operation, inputs or {})
+    if operation.edit.takes("memory"):
+        raise StateError(
+            f"The surgery {operation.edit.name} remembers; `operate` has no place for that between two calls.",
+            write="hooks.add(...), hooks.init(state), and hooks.fire(name, state)",
+        )
     if key is None and "key" in (*operation.edit.wants, *operation.edit.fold_wants):
         raise InputError(f"The surgery {operation.edit.name} draws random numbers.", write="key=jax.random.key(0)")
     step = getattr(state, "step", None) if step is None else step
     step = 0 if step is None else step  # a state may have none
-    plan = plan_units(operation, parts)
+    plan = plan_units(operation, parts, key, traced_inputs)
     arrays = [arrays_of(unit, parts) for unit in plan]
     given = (arrays, key, step, traced_inputs)
     if checks.concrete(given):
@@ -107,16 +114,21 @@ class Outcome(NamedTuple):
     """What a fire did to its units.
 
     Attributes:
-      arrays: the new values per unit.
+      arrays: the new values per unit; only their shapes if the edit was not applied.
       figures: see `FireFigures.compute_flat`; on the device, empty if not measured.
+      leaves: `Change`s of the leaves after the fire, then of those that it removed; on the device, empty if not
+        measured.
       ok: whether the guard let it through, or None without guard.
       in_place: per unit, 1 where slots stayed in place because the edit mixes.
+      applied: whether the arrays are to be put into the state.
     """
 
     arrays: list[Arrays]
     figures: dict[str, Any]
+    leaves: tuple[Change, ...]
     ok: Any
     in_place: tuple[bool, ...]
+    applied: bool = True
 
 
 def make_operation(
@@ -188,24 +200,6 @@ def needs_key(operation: Operation) -> bool:
     return operation.edit.takes("key") or "key" in operation.edit.fold_wants or any(map(callable, functions))
 
 
-def plan_units(operation: Operation, parts: Parts) -> list[Unit]:
-    """Which leaves and slots an operation touches.
-
-    Raises:
-      SelectionError, SlotError, StateError: as their names say.
-    """
-    slots = {} if operation.rules.only_keeps else slots_of(parts.tx, parts.opt_state, parts.params)
-    return units(operation, parts.params, slots)
-
-
-def arrays_of(unit: Unit, parts: Parts) -> Arrays:
-    """The values of a unit's leaves and slots."""
-    return Arrays(
-        tuple(parts.params.values[place] for place in unit.places),
-        tuple(parts.opt_leaves[slot.index] for slot in unit.slots),
-    )
-
-
 def run(
     programs: Programs,
     plan: Sequence[Unit],
@@ -223,7 +217,7 @@ def run(
       arrays: their values.
       fires: their inputs.
       may_reshape: whether leaves may change shape.
-      commit: False measures only; the arrays of the outcome are then the old ones.
+      commit: False measures only.
     """
     in_place = [
         programs.prepare(unit, one, fire, may_reshape=may_reshape)
@@ -237,33 +231,37 @@ def run(
         measured = [programs.measure(*each) for each in zip(plan, arrays, fires, in_place, strict=True)]
         ok, figures = verdict(measured)
         ok = ok if operation.guard != "off" else None
+    chosen = ok
     if ok is not None and programs.reshapes and commit:
-        commit = bool(ok)  # old and new values have no common shape to choose between: wait for the verdict
-    new = list(arrays)
-    if commit:
+        commit, chosen = bool(ok), None  # old and new values have no common shape to choose between: wait for it
+    if not commit:
+        new = [programs.shapes_after(*each) for each in zip(plan, arrays, fires, strict=True)]
+    else:
         seeds = [one.seeds for one in measured] if measured else [None] * len(plan)
-        new = [programs.edit(*each, ok) for each in zip(plan, arrays, fires, in_place, seeds, strict=True)]
-    return Outcome(new, figures, ok, tuple(in_place))
+        new = [programs.edit(*each, chosen) for each in zip(plan, arrays, fires, in_place, seeds, strict=True)]
+    leaves = tuple(change for one in measured for change in one.changes.params)
+    return Outcome(new, figures, leaves, ok, tuple(in_place), applied=commit)
 
 
 def _run_traced(
     operation: Operation, plan: Sequence[Unit], arrays: Sequence[Arrays], key: Any, step: Any, inputs: dict[str, Any]
 ) -> Outcome:
     """`run` inside a trace: one graph, whose rules are chosen on random values of the same shapes."""
-    fires = [fire_for(unit, key, jnp.asarray(step, jnp.int32), inputs) for unit in plan]
+    step = jnp.asarray(step, jnp.int32)
+    fires = [fire_for(unit, key, step, inputs, one.memory) for unit, one in zip(plan, arrays, strict=True)]
     in_place = tuple(map(functools.partial(_examine_abstractly, operation), plan, arrays, fires))
     edited = [
         perform(operation, unit, one.params, one.slots, fire, in_place=stays)
         for unit, one, fire, stays in zip(plan, arrays, fires, in_place, strict=True)
     ]
-    changes = [(each.params_change, each.slots_change) for each in edited]
-    new = [Arrays(each.params, each.slots) for each in edited]
+    changes = [changes_of(each) for each in edited]
+    new = [Arrays(each.params, each.slots, each.memory) for each in edited]
     ok, figures = judge(changes)
-    if operation.guard == "off":
-        ok = None
+    if operation.guard == "off" or any(unit.other is not None for unit in plan):
+        ok = None  # old and new leaves at other paths have nothing to choose between
     else:
         new = [choose(ok, after, before) for after, before in zip(new, arrays, strict=True)]
-    return Outcome(new, figures, ok, in_place)
+    return Outcome(new, figures, tuple(change for each in changes for change in each.params), ok, in_place)
 
 
 def run_abstractly(operation: Operation, plan: Sequence[Unit], *given: Any) -> Outcome:
@@ -285,7 +283,8 @@ def _examine_abstractly(operation: Operation, unit: Unit, arrays: Arrays, fire: 
         params = tuple(_stand_in(place, leaf) for place, leaf in enumerate(arrays.params))
         key = None if fire.key is None else jax.random.key(0)
         inputs = jax.tree.map(functools.partial(_stand_in, 1_000), fire.inputs)
-        return examine(operation, unit, params, Fire(key, jnp.int32(1), inputs, fire.hashes))
+        memory = jax.tree.map(functools.partial(_stand_in, 2_000), fire.memory)
+        return examine(operation, unit, params, Fire(key, jnp.int32(1), inputs, fire.hashes, memory))
 
 
 def _stand_in(seed: int, leaf: Any) -> Any:
@@ -299,14 +298,27 @@ def _stand_in(seed: int, leaf: Any) -> Any:
     return jax.random.normal(jax.random.key(seed), leaf.shape, leaf.dtype)
 
 
-def commit(state: Any, parts: Parts, plan: Sequence[Unit], outcome: Outcome) -> Any:
-    """The state with the values of an outcome; all other leaves are the same objects."""
-    params: dict[int, Any] = {}
+def commit(state: Any, parts: Parts, plan: Sequence[Unit], outcome: Outcome, tx: Any = None) -> Any:
+    """The state with the values of an outcome; all other leaves are the same objects.
+
+    Args:
+      state: the state that `parts` was taken from.
+      parts: its parts.
+      plan: the units of the fire.
+      outcome: what became of them.
+      tx: the optimizer for other paths, by default that of the state.
+    """
+    params: dict[str, Any] = {}
     slots: dict[int, Any] = {}
     for unit, new in zip(plan, outcome.arrays, strict=True):
-        params.update(zip(unit.places, new.params, strict=True))
-        slots.update(zip((slot.index for slot in unit.slots), new.slots, strict=True))
-    return put_back(state, parts, params, slots)
+        params.update(zip(unit.after.paths, new.params, strict=True))
+        slots.update(zip((slot.index for slot in unit.after.slots), new.slots, strict=True))
+    if any(unit.other is not None for unit in plan):
+        leaves = repathed(parts.params, [path for unit in plan for path in unit.paths], params)
+        opt_state = opt_state_for(tx or parts.tx, leaves, parts.tx, parts.params, parts.opt_state, slots)
+        return state.replace(params=jax.tree.unflatten(leaves.treedef, leaves.values), opt_state=opt_state)
+    places = {place: params[path] for unit in plan for place, path in zip(unit.places, unit.paths, strict=True)}
+    return put_back(state, parts, places, slots)
 
 
 def _nonfinite(outcome: Outcome) -> float:
@@ -320,7 +332,9 @@ def record_of(operation: Operation, plan: Sequence[Unit], outcome: Outcome, **fi
     return Record(
         surgery=describe_json(operation.edit),
         rule=operation.rules.describe(),
-        paths=tuple(path for unit in plan for path in unit.paths),
+        paths=tuple(path for unit in plan for path in unit.after.paths),
+        added=tuple(path for unit in plan for path in unit.after.paths if path not in unit.paths),
+        removed=tuple(path for unit in plan for path in unit.paths if path not in unit.after.paths),
         leaves=tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves),
         in_place=mixed,
         **fields,

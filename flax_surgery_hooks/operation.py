@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_surgery_hooks.errors import SlotError, located
 from flax_surgery_hooks.paths import Leaves
@@ -17,6 +18,9 @@ from flax_surgery_hooks.slots import Slot
 from flax_surgery_hooks.surgery import Edit, path_hash
 
 FOLLOWING = ("transport", "carry")
+NO_DTYPES: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
+NOTHING = np.zeros((0,), np.float32)
+"""The leaf or slot before an edit that adds it."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,51 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """The leaves that one call of the surgery sees: one, or all selected ones.
+class Side:
+    """Leaves and slots on one side of an edit, before or after it.
 
     Attributes:
-      paths: their paths.
+      paths: paths of the leaves.
       places: their places among the flattened parameters.
       slots: their slots in the optimizer state.
+      dtypes: dtypes of leaves and slots, `NO_DTYPES` where those before the edit hold.
     """
 
     paths: tuple[str, ...]
     places: tuple[int, ...]
     slots: tuple[Slot, ...]
+    dtypes: tuple[tuple[Any, ...], tuple[Any, ...]] = NO_DTYPES
 
     def position(self, slot: Slot) -> int:
-        """Which leaf of the unit a slot belongs to."""
+        """Which of the leaves a slot belongs to."""
         return self.places.index(slot.owner)
+
+    def path(self, slot: Slot) -> str:
+        """The path of the leaf that a slot belongs to."""
+        return self.paths[self.position(slot)]
+
+
+@dataclass(frozen=True)
+class Unit(Side):
+    """The leaves that one call of the surgery sees: one, or all selected ones.
+
+    Attributes:
+      other: the leaves after an edit that adds or removes some; None where the paths stay.
+    """
+
+    other: Side | None = None
+
+    @property
+    def after(self) -> Side:
+        """The leaves after the edit."""
+        return self if self.other is None else self.other
+
+    def origins(self) -> tuple[int | None, ...]:
+        """Per slot after the edit its index among those before, by field and path; None for the slot of a new leaf."""
+        if self.other is None:
+            return tuple(range(len(self.slots)))
+        known = {(slot.group, self.path(slot)): i for i, slot in enumerate(self.slots)}
+        return tuple(known.get((slot.group, self.other.path(slot))) for slot in self.other.slots)
 
 
 class Fire(NamedTuple):
@@ -69,17 +102,19 @@ class Fire(NamedTuple):
       step: what `state.step` holds, int32 scalar.
       inputs: those of the trainer's inputs that the surgery asked for and that are arrays or numbers.
       hashes: `path_hash` of each leaf of the unit.
+      memory: what the surgery remembers of the unit; () if it asks for none.
     """
 
     key: jax.Array | None
     step: Any
     inputs: dict[str, Any]
     hashes: tuple[Any, ...]
+    memory: Any = ()
 
 
-def fire_for(unit: Unit, key: jax.Array | None, step: Any, inputs: dict[str, Any]) -> Fire:
+def fire_for(unit: Unit, key: jax.Array | None, step: Any, inputs: dict[str, Any], memory: Any = ()) -> Fire:
     """The `Fire` of one unit."""
-    return Fire(key, step, inputs, tuple(path_hash(path) for path in unit.paths))
+    return Fire(key, step, inputs, tuple(path_hash(path) for path in unit.paths), memory)
 
 
 def units(operation: Operation, leaves: Leaves, slots: Mapping[int, tuple[Slot, ...]]) -> list[Unit]:

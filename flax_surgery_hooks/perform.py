@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flax_surgery_hooks import checks, lineage, transport
+from flax_surgery_hooks.calling import call, call_fold_back
 from flax_surgery_hooks.errors import RuleError, SurgeryFunctionError, UserCodeError, located
 from flax_surgery_hooks.following import move_slots
 from flax_surgery_hooks.metrics import Change, combine, measure
-from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
-from flax_surgery_hooks.surgery import call, call_fold_back
+from flax_surgery_hooks.operation import NOTHING, Fire, Operation, Unit, follows, like
+from flax_surgery_hooks.paths import listed
 
 
 class Edited(NamedTuple):
@@ -22,15 +23,19 @@ class Edited(NamedTuple):
     Attributes:
       params: new leaves, in their own dtypes.
       slots: new slots, in their own dtypes.
-      params_change: figures of the leaves.
+      memory: what the surgery remembers now, in the dtypes of what it remembered.
+      params_change: figures of each leaf after the edit, then of each that it removed.
       slots_change: figures of the slots.
+      memory_change: figures of the memory, for the guard.
       seeds: what fresh second moments start from, one per slot (0 where there is none to compute).
     """
 
     params: tuple[jax.Array, ...]
     slots: tuple[jax.Array, ...]
-    params_change: Change
+    memory: Any
+    params_change: tuple[Change, ...]
     slots_change: Change
+    memory_change: Change
     seeds: tuple[jax.Array, ...]
 
 
@@ -51,25 +56,52 @@ def split_leaves(unit: Unit, params: Sequence[Any]) -> tuple[lineage.Tree, dict[
     return floats, {path: leaf for path, leaf in arrays.items() if path not in floats}
 
 
-def trace_unit(
-    operation: Operation, unit: Unit, params: Sequence[Any], fire: Fire
-) -> tuple[lineage.TracedEdit, dict[str, Any]]:
-    """The edit of a unit as a jaxpr on its float leaves, and its other leaves after the edit.
+class Traced(NamedTuple):
+    """A unit's edit before it is differentiated.
+
+    Attributes:
+      edit: from its float leaves to its new float leaves.
+      others: its other leaves after the edit.
+      memory: what the surgery remembers afterwards.
+    """
+
+    edit: lineage.TracedEdit
+    others: dict[str, Any]
+    memory: Any
+
+
+def trace_unit(operation: Operation, unit: Unit, params: Sequence[Any], fire: Fire) -> Traced:
+    """The edit of a unit as a jaxpr on its float leaves.
 
     Raises:
-      UserCodeError, SurgeryFunctionError, DifferentiationError: see `surgery.call`.
+      UserCodeError, SurgeryFunctionError, DifferentiationError: see `calling.call`.
     """
     floats, rest = split_leaves(unit, params)
+
+    def everything(values: Mapping[str, Any]) -> Any:
+        leaves = {path: values[path] if path in values else rest[path] for path in unit.paths}
+        return call_unit(operation, unit, leaves, fire)
+
+    def function(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: leaf for path, leaf in everything(values).leaves.items() if _is_float(leaf)}
+
+    others, memory = {}, fire.memory
+    if rest or operation.edit.takes("memory") or unit.other is not None:
+        called = everything(floats)
+        others = {path: leaf for path, leaf in called.leaves.items() if not _is_float(leaf)}
+        memory = jax.tree.map(like, called.memory, fire.memory)
+    return Traced(lineage.trace(function, floats), others, memory)
+
+
+def call_unit(operation: Operation, unit: Unit, leaves: Mapping[str, Any], fire: Fire) -> Any:
+    """Calls the surgery on the leaves of a unit, in compute dtype."""
     hashes = dict(zip(unit.paths, fire.hashes, strict=True))
     inputs = {**fire.inputs, **dict(operation.static)}
+    return call(operation.edit, leaves, key=fire.key, step=fire.step, inputs=inputs, hashes=hashes, memory=fire.memory)
 
-    def function(values: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-        everything = {path: values[path] if path in values else rest[path] for path in unit.paths}
-        new = call(operation.edit, everything, key=fire.key, step=fire.step, inputs=inputs, hashes=hashes)
-        return {path: new[path] for path in part}
 
-    others = function(floats, rest) if rest else {}
-    return lineage.trace(lambda values: function(values, floats), floats), others
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _follow(operation: Operation, unit: Unit, edit: lineage.TracedEdit, fire: Fire, in_place: bool) -> transport.Follow:
@@ -89,8 +121,7 @@ def _fold_back(operation: Operation, derivative: lineage.Lineage, fire: Fire) ->
     ready = {"key": key, "step": fire.step, **fire.inputs, **dict(operation.static)}
 
     def fold(new: lineage.Tree) -> lineage.Tree:
-        folded = call_fold_back(operation.edit, new, ready)
-        return {path: folded[path] for path in derivative.old}
+        return call_fold_back(operation.edit, new, derivative.old, ready)
 
     return fold
 
@@ -130,11 +161,13 @@ def perform(
       in_place: whether slots stay in place because the edit mixes, as `examine` found.
       seeds: `Edited.seeds` of an earlier run, which then are not computed again.
     """
-    traced, others = trace_unit(operation, unit, params, fire)
-    how = _follow(operation, unit, traced, fire, in_place) if follows(operation, unit) and traced.old else None
-    floats = how.lineage.new if how is not None else traced(traced.old)
-    new = {**floats, **others}
-    stored = tuple(like(new[path], old) for path, old in zip(unit.paths, params, strict=True))
+    traced = trace_unit(operation, unit, params, fire)
+    edit, after = traced.edit, unit.after
+    how = _follow(operation, unit, edit, fire, in_place) if follows(operation, unit) and edit.old else None
+    floats = how.lineage.new if how is not None else edit(edit.old)
+    new = {**floats, **traced.others}
+    old = dict(zip(unit.paths, params, strict=True))
+    stored = tuple(_stored(unit, i, new[path], old.get(path)) for i, path in enumerate(after.paths))
     _check_kept(operation, unit, params, stored)
     moved, fresh, used = move_slots(operation, unit, how, params, stored, slots, fire, seeds)
     rule = "transport" if operation.rules.default == "transport" else "carry"
@@ -142,19 +175,51 @@ def perform(
     return Edited(
         stored,
         moved,
-        combine(
-            measure(jnp.asarray(old), after, without_history.get(path))
-            for path, old, after in zip(unit.paths, params, stored, strict=True)
+        traced.memory,
+        (
+            *_measured([old.get(path) for path in after.paths], stored, map(without_history.get, after.paths)),
+            *_removed(leaf for path, leaf in old.items() if path not in after.paths),
         ),
-        combine(measure(jnp.asarray(a), b, flags) for a, b, flags in zip(slots, moved, fresh, strict=True)),
+        combine(
+            (
+                *_measured([None if i is None else slots[i] for i in unit.origins()], moved, fresh),
+                *_removed(slot for i, slot in enumerate(slots) if i not in unit.origins()),
+            )
+        ),
+        combine(map(_measure_memory, jax.tree.leaves(fire.memory), jax.tree.leaves(traced.memory))),
         used,
     )
+
+
+def _stored(unit: Unit, place: int, new: jax.Array, old: Any) -> jax.Array:
+    """A new leaf as the train state holds it: in the dtype of the old one, or in that settled for a new path."""
+    return like(new, old) if old is not None else jnp.asarray(new).astype(unit.after.dtypes[0][place])
+
+
+def _measured(before: Iterable[Any], after: Iterable[jax.Array], fresh: Iterable[Any]) -> Iterator[Change]:
+    for old, new, flags in zip(before, after, fresh, strict=True):
+        yield measure(jnp.asarray(NOTHING if old is None else old), new, flags)
+
+
+def _removed(before: Iterable[Any]) -> Iterator[Change]:
+    for old in before:
+        yield measure(jnp.asarray(old), jnp.asarray(NOTHING), None)
+
+
+def _measure_memory(old: Any, new: Any) -> Change:
+    return measure(jnp.asarray(old), jnp.asarray(new), None)
 
 
 def _check_kept(operation: Operation, unit: Unit, old: Sequence[Any], new: Sequence[jax.Array]) -> None:
     """Where all slots are kept nothing is known of them, so that no leaf may change its shape."""
     if not operation.rules.only_keeps:
         return
+    if unit.other is not None:
+        raise RuleError(
+            "Slots cannot be kept: the edit adds or removes leaves.",
+            found=f"{listed(unit.paths)} -> {listed(unit.other.paths)}",
+            write="opt_state='carry', 'transport' or 'reset'",
+        )
     for path, before, after in zip(unit.paths, old, new, strict=True):
         if jnp.shape(before) != after.shape:
             raise RuleError(
@@ -175,11 +240,13 @@ def examine(operation: Operation, unit: Unit, params: Sequence[Any], fire: Fire)
     notes: dict[str, Any] = {}
 
     def find(params: Sequence[Any], fire_arrays: Fire) -> checks.Findings:
-        traced, _ = trace_unit(operation, unit, params, fire_arrays)
+        traced = trace_unit(operation, unit, params, fire_arrays).edit
         derivative = lineage.linearize(traced, operation.edit.name)
         notes["depends"] = traced.depends()
         notes["differentiable"] = lineage.differentiable(derivative)
-        notes["same_shape"] = all(derivative.new[p].shape == leaf.shape for p, leaf in derivative.old.items())
+        notes["same_shape"] = {p: leaf.shape for p, leaf in derivative.new.items()} == {
+            p: leaf.shape for p, leaf in derivative.old.items()
+        }
         fold = None
         if operation.edit.fold_back is not None and transports:
             _transposed_fold_back(operation, unit, derivative, fire_arrays)

@@ -84,9 +84,10 @@ class Reshape:
         return result
 
 
-def shapes(params: Any) -> tuple[tuple[int, ...], ...]:
-    """The shapes of all leaves, in tree order."""
-    return tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(params))
+def shapes(params: Any) -> Any:
+    """The structure of the params and the shapes of all leaves, to compare."""
+    leaves, structure = jax.tree.flatten(params)
+    return structure, tuple(map(jnp.shape, leaves))
 
 
 def check_opt_state(state: Any) -> None:

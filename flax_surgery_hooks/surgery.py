@@ -7,13 +7,12 @@ import inspect
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks.errors import InputError, SurgeryError, SurgeryFunctionError, UserCodeError, located, shorten
+from flax_surgery_hooks.errors import InputError, SurgeryFunctionError, shorten
 from flax_surgery_hooks.paths import listed
 
 RESERVED = ("path", "key", "step", "memory")
@@ -24,10 +23,18 @@ class Surgery(Protocol):
     """What a surgery class looks like; a plain function with the same parameters is a surgery too.
 
     The first parameter is one selected leaf, or, if it is named `leaves`, the dict from path to leaf of all selected
-    ones, and as much comes back. Further parameters are filled by name: `path` (str, one-leaf form only), `key` (a
-    typed PRNG key; in the one-leaf form the leaf's own), `step` (int32 scalar: what `state.step` holds), and any input
-    that the trainer passes to the hooks. Leaves come as float32 where they are stored in fewer bits, and go back to
-    their dtype.
+    ones, and a dict comes back: of the same paths, or of others, which adds and removes leaves. Further parameters are
+    filled by name: `path` (str, one-leaf form only), `key` (a typed PRNG key; in the one-leaf form the leaf's own),
+    `step` (int32 scalar: what `state.step` holds), `memory`, and any input that the trainer passes to the hooks. Leaves
+    come as float32 where they are stored in fewer bits, and go back to their dtype.
+
+    A class may have further methods, whose parameters are filled likewise:
+      `init_memory(leaf)`: what the surgery remembers of the leaf at first, a pytree of arrays; it may take `path` and
+        `key`. `hooks.init(state)` puts it into the train state. A `__call__` or `observe` that takes `memory` returns a
+        pair of what it returns otherwise and the new memory, which has the structure, shapes and dtypes of the old one.
+      `observe(leaf)`: what happens to the leaf and the memory at every step, inside the train step, by
+        `hooks.in_graph(state)`. Slots are left alone.
+      `fold_back(new_leaf)`: the linear map that says how a change of the new leaf folds back into the old one.
 
     Attributes:
       preserves: "function" or "eval_function" if the model computes the same after the edit (slots are transported by
@@ -38,6 +45,30 @@ class Surgery(Protocol):
 
     def __call__(self, leaf: jax.Array, /) -> jax.Array:
         """The edited leaf."""
+
+
+class Method(NamedTuple):
+    """A function of leaves, and what it takes beside them.
+
+    Attributes:
+      function: the function.
+      name: its name in messages.
+      wants: names of the further parameters that must be filled.
+      may_take: names of those that have defaults.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    wants: tuple[str, ...]
+    may_take: tuple[str, ...]
+
+    def takes(self, name: str) -> bool:
+        """Whether it has a parameter of this name beside its first."""
+        return name in self.wants or name in self.may_take
+
+    def fill(self, ready: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the values that it takes."""
+        return {name: ready[name] for name in (*self.wants, *self.may_take) if name in ready}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +84,8 @@ class Edit:
       preserves: what the edit leaves alone.
       fold_back: the linear map from new leaves to old ones, or None.
       fold_wants: the names that `fold_back` takes beside its first parameter.
+      init_memory: what makes the memory of a leaf (of all leaves, if it takes many), or None if it remembers nothing.
+      observe: what happens at every step, or None.
     """
 
     function: Callable[..., Any]
@@ -63,6 +96,13 @@ class Edit:
     preserves: str
     fold_back: Callable[..., Any] | None = None
     fold_wants: tuple[str, ...] = ()
+    init_memory: Method | None = None
+    observe: Method | None = None
+
+    @property
+    def main(self) -> Method:
+        """What a fire calls."""
+        return Method(self.function, self.name, self.wants, self.may_take)
 
     def takes(self, name: str) -> bool:
         """Whether the surgery has a parameter of this name beside its first."""
@@ -83,6 +123,22 @@ class Edit:
                 write=f"hooks(step, state, {missing[0]}=...), or give the parameter a default",
             )
         return {name: given[name] for name in asked if name in given}
+
+    def observed_inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the inputs of `hooks.in_graph` that `observe` asks for.
+
+        Raises:
+          InputError: one that it needs is not there.
+        """
+        assert self.observe is not None
+        missing = [name for name in self.observe.wants if name not in given and name not in RESERVED]
+        if missing:
+            raise InputError(
+                f"{self.observe.name} asks for {listed(missing)}, which the train step does not pass.",
+                found=f"inputs {listed(given) or 'none'}",
+                write=f"hooks.in_graph(state, {missing[0]}=...), or give the parameter a default",
+            )
+        return self.observe.fill(given)
 
 
 def as_edit(surgery: Any) -> Edit:
@@ -124,12 +180,52 @@ def as_edit(surgery: Any) -> Edit:
             f"The surgery {name} takes all leaves at once and asks for `path`.",
             write="the keys of `leaves`, which are the paths",
         )
-    if "memory" in wants + may_take:
+    edit = Edit(surgery, name, first == "leaves", wants, may_take, preserves, fold_back, fold_wants)
+    return dataclasses.replace(edit, init_memory=_init_memory(edit), observe=_method(edit, "observe"))
+
+
+def _method(edit: Edit, attribute: str) -> Method | None:
+    """A further method of a surgery, which must take leaves in the form that its `__call__` does."""
+    function = getattr(edit.function, attribute, None)
+    if function is None:
+        return None
+    name = f"{edit.name}.{attribute}"
+    first, wants, may_take = _parameters(function, name)
+    if (first == "leaves") != edit.many:
         raise SurgeryFunctionError(
-            f"The surgery {name} asks for `memory`, a reserved name: surgeries keep no arrays between fires.",
-            write="an input under another name, passed by the trainer",
+            f"{name} and the surgery itself do not take leaves in the same form.",
+            found=f"first parameter {first!r}",
+            write="`leaves` as the first parameter of both, or of neither",
         )
-    return Edit(surgery, name, first == "leaves", wants, may_take, preserves, fold_back, fold_wants)
+    if edit.many and "path" in wants:
+        raise SurgeryFunctionError(
+            f"{name} takes all leaves at once and asks for `path`.", write="the keys of `leaves`, which are the paths"
+        )
+    return Method(function, name, wants, may_take)
+
+
+def _init_memory(edit: Edit) -> Method | None:
+    init, observe = _method(edit, "init_memory"), _method(edit, "observe")
+    uses = [method.name for method in (edit.main, observe) if method is not None and method.takes("memory")]
+    if uses and init is None:
+        raise SurgeryFunctionError(
+            f"{uses[0]} asks for `memory`, and nothing says what it remembers at first.",
+            write="a surgery class with `init_memory(self, leaf)`, or another name: `memory` is a reserved name",
+        )
+    if init is None:
+        return None
+    if not uses:
+        raise SurgeryFunctionError(
+            f"{init.name} makes a memory that nothing asks for.",
+            write="a parameter `memory` in `__call__` or `observe`, which then return (leaf, memory)",
+        )
+    unknown = sorted({*init.wants} - {"path", "key"})
+    if unknown:
+        raise SurgeryFunctionError(
+            f"{init.name} asks for {listed(unknown)}; it is called before the first step and gets `path` and `key`.",
+            write="def init_memory(self, leaf)",
+        )
+    return init
 
 
 def _parameters(function: Callable[..., Any], name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
@@ -207,104 +303,3 @@ def key_for(key: jax.Array, path: str) -> jax.Array:
     False
     """
     return jax.random.fold_in(key, path_hash(path))
-
-
-def call(
-    edit: Edit,
-    leaves: Mapping[str, Any],
-    *,
-    key: jax.Array | None,
-    step: Any,
-    inputs: Mapping[str, Any],
-    hashes: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Calls a surgery on its leaves and checks what comes back.
-
-    Args:
-      edit: the surgery.
-      leaves: path -> leaf; exactly one in the one-leaf form.
-      key: the key of the fire.
-      step: what `state.step` holds, int32 scalar.
-      inputs: what `Edit.inputs` returned.
-      hashes: path -> `path_hash(path)`, which may be traced so that leaves of one shape share a program.
-
-    Returns:
-      path -> new leaf, with the paths of `leaves`.
-
-    Raises:
-      UserCodeError: the surgery raised.
-      SurgeryFunctionError: it returned other paths, or something that is no array of the leaf's kind.
-    """
-    path = next(iter(leaves)) if len(leaves) == 1 else None
-    own = key
-    if key is not None and path is not None and not edit.many:
-        own = jax.random.fold_in(key, hashes[path])
-    ready = {"path": path, "step": step, **inputs}
-    if own is not None:
-        ready["key"] = own
-    named = {name: ready[name] for name in (*edit.wants, *edit.may_take) if name in ready}
-    argument = dict(leaves) if edit.many else next(iter(leaves.values()))
-    with located(path=path):
-        result = _run(edit.function, argument, named, edit.name)
-        new = result if edit.many else {path: result}
-        _check_result(edit, leaves, new)
-    return {path: jnp.asarray(new[path]) for path in leaves}
-
-
-def call_fold_back(edit: Edit, new: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Calls `fold_back` on new leaves (same paths as the old ones).
-
-    Raises:
-      UserCodeError: it raised.
-      SurgeryFunctionError: it returned other paths.
-    """
-    assert edit.fold_back is not None
-    named = {name: inputs[name] for name in edit.fold_wants}
-    argument = dict(new) if edit.many else next(iter(new.values()))
-    result = _run(edit.fold_back, argument, named, f"{edit.name}.fold_back")
-    old = result if edit.many else {next(iter(new)): result}
-    _check_result(edit, new, old, what=f"{edit.name}.fold_back")
-    return {path: old[path] for path in new}
-
-
-def _run(function: Callable[..., Any], argument: Any, named: Mapping[str, Any], name: str) -> Any:
-    try:
-        return function(argument, **named)
-    except SurgeryError:
-        raise
-    except Exception as error:
-        raise UserCodeError(f"{name} raised {type(error).__name__}: {shorten(error)}") from error
-
-
-def _check_result(edit: Edit, leaves: Mapping[str, Any], new: Any, what: str | None = None) -> None:
-    what = what or f"The surgery {edit.name}"
-    if not isinstance(new, Mapping) or set(new) != set(leaves):
-        raise SurgeryFunctionError(
-            f"{what} must return a dict with the paths it was given: {listed(leaves)}.",
-            found=listed(map(str, new)) if isinstance(new, Mapping) else type(new).__name__,
-            write="{path: edited leaf} for every path of `leaves`",
-        )
-    for path, old in leaves.items():
-        with located(path=path):
-            _check_leaf(what, old, new[path])
-
-
-def _check_leaf(what: str, old: Any, new: Any) -> None:
-    if new is None or (not hasattr(new, "dtype") and not isinstance(new, int | float | complex)):
-        raise SurgeryFunctionError(
-            f"{what} must return an array.",
-            found="None (is a `return` missing?)" if new is None else type(new).__name__,
-            write="return the edited leaf",
-        )
-    dtype = jnp.asarray(new).dtype if not hasattr(new, "dtype") else new.dtype
-    if _family(dtype) != _family(old.dtype):
-        raise SurgeryFunctionError(
-            f"{what} changed the kind of number: a leaf of {old.dtype} came back as {dtype}.",
-            found=str(dtype),
-            write=f"edited.astype({old.dtype})",
-        )
-
-
-def _family(dtype: Any) -> str:
-    families = (("key", jax.dtypes.prng_key), ("float", jnp.floating), ("int", jnp.integer), ("bool", jnp.bool_))
-    return next((name for name, scalar in families if jnp.issubdtype(dtype, scalar)), str(dtype))

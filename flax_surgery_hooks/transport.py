@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,25 @@ class Follow:
     fold: Callable[[Tree], Tree] | None
     in_place: bool
 
-    def fresh(self, path: str, rule: str) -> jax.Array:
-        """Which elements of a new leaf have no history, as booleans."""
+    def fresh(self, path: str, rule: str, held: Collection[str] | None = None) -> jax.Array:
+        """Which elements of a new leaf have no history, as booleans.
+
+        Args:
+          path: of the new leaf.
+          rule: "transport" or "carry".
+          held: the old leaves whose history there is, by default all: elements of others arrive without.
+        """
         coefficient = self.lineage.coefficient[path]
         if self.in_place:
             return jnp.zeros(coefficient.shape, bool)
+        weights = ones_like(self.lineage.old)
+        if held is not None:
+            weights = {old: one if old in held else jnp.zeros_like(one) for old, one in weights.items()}
+        partly = held is not None and len(held) < len(weights)
         if rule == "transport" and self.fold is not None:
             assert self.share is not None
-            return self.share[path] == 0
-        return coefficient == 0
+            return (self.fold(weights) if partly else self.share)[path] == 0
+        return (self.lineage.push(weights)[path] if partly else coefficient) == 0
 
 
 def follow(
@@ -67,7 +78,7 @@ def follow(
     return Follow(lineage, share, fold, in_place)
 
 
-def move(how: Follow, rule: str, kind: str, slots: Tree) -> Tree:
+def move(how: Follow, rule: str, kind: str, slots: Tree, paths: Sequence[str]) -> Tree:
     """The slots of one kind at the new elements; fresh elements hold 0, or the new value for copies of parameters.
 
     Args:
@@ -75,18 +86,32 @@ def move(how: Follow, rule: str, kind: str, slots: Tree) -> Tree:
       rule: "transport" or "carry".
       kind: see `rules.KINDS`.
       slots: path -> slot, shaped like the old leaf. A leaf without a slot of this sort has no entry.
+      paths: the new leaves that have such a slot.
+
+    Returns:
+      path -> slot, shaped like the new leaf; all in the widest dtype of `slots`, if they differ.
     """
+    if how.in_place and kind != "param":
+        return {path: slots[path] for path in paths}
+    slots = _of_one_dtype(slots)
     if kind == "param":
-        return _move_copies(how, slots)
-    if how.in_place:
-        return dict(slots)
+        return _move_copies(how, slots, paths)
     if rule == "transport" and how.fold is not None:
-        return _fold(how, kind, slots)
-    gathered = how.lineage.gather(slots)
+        return _fold(how, kind, slots, paths)
+    gathered = how.lineage.gather(slots, paths)
     if rule == "carry":
         return gathered
     assert how.share is not None
-    return {path: _scaled(gathered[path], kind, how.share[path], how.lineage.coefficient[path]) for path in slots}
+    return {path: _scaled(gathered[path], kind, how.share[path], how.lineage.coefficient[path]) for path in paths}
+
+
+def _of_one_dtype(slots: Tree) -> Tree:
+    """Slots of which any may take the place of any other: widening is exact, and so is the way back."""
+    dtypes = {slot.dtype for slot in slots.values()}
+    if len(dtypes) <= 1:
+        return slots
+    wide = jnp.result_type(*dtypes)
+    return {path: slot.astype(wide) for path, slot in slots.items()}
 
 
 def _scaled(slot: jax.Array, kind: str, share: jax.Array, coefficient: jax.Array) -> jax.Array:
@@ -105,7 +130,7 @@ def _scaled(slot: jax.Array, kind: str, share: jax.Array, coefficient: jax.Array
     return wide.astype(slot.dtype)
 
 
-def _fold(how: Follow, kind: str, slots: Tree) -> Tree:
+def _fold(how: Follow, kind: str, slots: Tree, paths: Sequence[str]) -> Tree:
     """Slots by the transpose of `fold_back`: exact for copies that share unequally, and for the zeros between
     copies.
     """
@@ -117,7 +142,7 @@ def _fold(how: Follow, kind: str, slots: Tree) -> Tree:
     }
     folded = how.lineage.push(wide) if kind == "param_diff" else how.fold(wide)
     moved = {}
-    for path, slot in slots.items():
+    for path in paths:
         share, value = how.share[path], folded[path]
         match kind:
             case "grad_sq":
@@ -128,11 +153,15 @@ def _fold(how: Follow, kind: str, slots: Tree) -> Tree:
                 value = safe_divide(value, jnp.abs(share))
             case "invariant":
                 value = safe_divide(value, share)
-        moved[path] = value.astype(slot.dtype)
+        moved[path] = value.astype(_dtype(slots, value))
     return moved
 
 
-def _move_copies(how: Follow, slots: Tree) -> Tree:
+def _dtype(slots: Tree, value: jax.Array) -> Any:
+    return next((slot.dtype for slot in slots.values()), value.dtype)
+
+
+def _move_copies(how: Follow, slots: Tree, paths: Sequence[str]) -> Tree:
     """`new + J (slot - old)`: where a copy of the parameters lies after the edit; bitwise still where nothing
     changed.
     """
@@ -143,11 +172,11 @@ def _move_copies(how: Follow, slots: Tree) -> Tree:
     }
     pushed = how.lineage.push(offsets)
     moved = {}
-    for path, slot in slots.items():
-        value = (new[path] + pushed[path]).astype(slot.dtype)
-        if new[path].shape == old[path].shape:
+    for path in paths:
+        value = (new[path] + pushed[path]).astype(_dtype(slots, new[path]))
+        if path in slots and new[path].shape == old[path].shape:
             still = (new[path] == old[path]) & (how.lineage.coefficient[path] == 1)
-            value = jnp.where(still, slot, value)
+            value = jnp.where(still, slots[path], value)
         moved[path] = value
     return moved
 

@@ -175,7 +175,7 @@ CASES = {
     "fold_back_path": Case(on_slots(Folding(lambda w, path: w)), FUNCTION,
                            ("fold_back of Folding asks for `path`", "Found: (path)", "whose keys are the paths")),
     "path_of_all": Case(on_plain(lambda leaves, path: leaves), FUNCTION, ("asks for `path`", "the keys of `leaves`")),
-    "memory": Case(on_plain(lambda w, memory: w), FUNCTION, ("asks for `memory`, a reserved name",)),
+    "memory": Case(on_plain(lambda w, memory: w), FUNCTION, ("asks for `memory`", "`init_memory(self, leaf)`", "a reserved name")),
     "signature": Case(on_plain(type("Odd", (), {"__call__": lambda self, w: w, "__signature__": "?"})()), FUNCTION,
                       ("signature of Odd cannot be read", "lambda leaf: Odd(leaf)")),
     "no_leaf": Case(on_plain(lambda: 1), FUNCTION, ("takes no leaf", "Found: ().", "def edit(kernel, ...)")),

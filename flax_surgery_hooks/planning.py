@@ -1,0 +1,107 @@
+"""Which leaves and slots a fire touches, and what paths they have after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_surgery_hooks.errors import StateError
+from flax_surgery_hooks.operation import Fire, Operation, Side, Unit, fire_for, units
+from flax_surgery_hooks.paths import listed
+from flax_surgery_hooks.perform import call_unit, compute_dtype
+from flax_surgery_hooks.programs import Arrays
+from flax_surgery_hooks.repath import initial_opt_state, repathed
+from flax_surgery_hooks.slots import as_abstract, slots_of
+from flax_surgery_hooks.train_state import Parts
+
+
+def plan_units(
+    operation: Operation, parts: Parts, key: Any, inputs: dict[str, Any], memory: Any = (), tx: Any = None
+) -> list[Unit]:
+    """Which leaves and slots an operation touches, and what becomes of them.
+
+    Args:
+      operation: the surgery and its rules.
+      parts: the state's.
+      key: the key of the fire.
+      inputs: the trainer's arrays for it; only their shapes matter here.
+      memory: what the surgery remembers.
+      tx: the optimizer for other paths, by default that of the state.
+
+    Raises:
+      SelectionError, SlotError, StateError, StructureError: as their names say.
+    """
+    slots = {} if operation.rules.only_keeps else slots_of(parts.tx, parts.opt_state, parts.params)
+    plan = units(operation, parts.params, slots)
+    if not operation.edit.many:
+        return plan
+    fires = [fire_for(unit, key, jnp.int32(0), inputs, fire_memory(operation, unit, memory)) for unit in plan]
+    return [_with_paths_after(operation, unit, parts, fire, tx) for unit, fire in zip(plan, fires, strict=True)]
+
+
+def fire_memory(operation: Operation, unit: Unit, memory: Any) -> Any:
+    """What a surgery remembers of one unit, () if a fire does not ask for it; errors as for `memory_of`."""
+    return memory_of(operation, unit, memory) if operation.edit.takes("memory") else ()
+
+
+def memory_of(operation: Operation, unit: Unit, memory: Any) -> Any:
+    """What a surgery remembers of one unit: that of its leaf, or all of it in the form that takes all leaves.
+
+    Raises:
+      StateError: it remembers, but not of this leaf.
+    """
+    if operation.edit.init_memory is None:
+        return ()
+    if operation.edit.many:
+        return memory
+    if unit.paths[0] not in memory:
+        raise StateError(
+            f"The surgery {operation.edit.name} remembers nothing of this leaf.",
+            path=unit.paths[0],
+            found=f"memory of {listed(memory)}",
+            write="state = hooks.init(state) with the selection that is used",
+        )
+    return memory[unit.paths[0]]
+
+
+def arrays_of(unit: Unit, parts: Parts, memory: Any = ()) -> Arrays:
+    """The values of a unit's leaves and slots, and what is remembered of them."""
+    return Arrays(
+        tuple(parts.params.values[place] for place in unit.places),
+        tuple(parts.opt_leaves[slot.index] for slot in unit.slots),
+        memory,
+    )
+
+
+def _with_paths_after(operation: Operation, unit: Unit, parts: Parts, fire: Fire, tx: Any) -> Unit:
+    """The unit, with its leaves and slots after an edit that adds or removes some."""
+    held = dict(zip(unit.paths, (as_abstract(parts.params.values[place]) for place in unit.places), strict=True))
+    wide = {path: jax.ShapeDtypeStruct(leaf.shape, compute_dtype(leaf.dtype)) for path, leaf in held.items()}
+    new = jax.eval_shape(lambda leaves, fire: call_unit(operation, unit, leaves, fire).leaves, wide, fire)
+    if set(new) == set(unit.paths):
+        return unit
+    dtypes = {path: held[path].dtype if path in held else _dtype(leaf.dtype, held) for path, leaf in new.items()}
+    made = {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in new.items()}
+    params = repathed(parts.params, unit.paths, made)
+    # Leaves stand in their own order in the unit: that of the surgery's call.
+    paths = tuple(new)
+    places = tuple(params.paths.index(path) for path in paths)
+    if operation.rules.only_keeps:
+        return Unit(unit.paths, unit.places, unit.slots, other=Side(paths, places, ()))
+    tx = parts.tx if tx is None else tx
+    opt_state = initial_opt_state(tx, params)
+    found = slots_of(tx, opt_state, params)
+    slots = tuple(slot for place in places for slot in found.get(place, ()))
+    leaves = jax.tree.leaves(opt_state)
+    kinds = (tuple(dtypes[path] for path in paths), tuple(leaves[slot.index].dtype for slot in slots))
+    return Unit(unit.paths, unit.places, unit.slots, other=Side(paths, places, slots, kinds))
+
+
+def _dtype(dtype: Any, held: dict[str, jax.ShapeDtypeStruct]) -> Any:
+    """The dtype of an added leaf: as returned, but float32 means that of its neighbours, which were widened to it."""
+    floats = {leaf.dtype for leaf in held.values() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    if dtype == jnp.float32 and len(floats) == 1 and compute_dtype(next(iter(floats))) == jnp.float32:
+        return floats.pop()
+    return dtype

@@ -1,0 +1,75 @@
+"""Registered hooks: what each of them is, and by which names they are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flax_surgery_hooks.errors import HookError
+from flax_surgery_hooks.operation import Operation
+from flax_surgery_hooks.paths import close_matches, listed
+from flax_surgery_hooks.schedules import Schedule
+from flax_surgery_hooks.structure import Reshape
+from flax_surgery_hooks.surgery import path_hash
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One registered hook.
+
+    Attributes:
+      name: its unique name.
+      operation: what it does to a state.
+      when: at which steps.
+      priority: hooks due at one step fire from the highest to the lowest.
+      order: number of its registration, which decides between equal priorities.
+      reshape: what it brings for the shapes after it.
+    """
+
+    name: str
+    operation: Operation
+    when: Schedule
+    priority: int
+    order: int
+    reshape: Reshape
+
+
+def in_order(hooks: Iterable[Hook]) -> list[Hook]:
+    """Hooks as they fire when due at one step: by priority, then as they were registered."""
+    return sorted(hooks, key=lambda hook: (-hook.priority, hook.order))
+
+
+def find(hooks: Mapping[str, Hook], name: str) -> Hook:
+    """The hook of this name.
+
+    Raises:
+      HookError: there is none.
+    """
+    if name not in hooks:
+        raise HookError(
+            "There is no hook of this name.",
+            hook=str(name),
+            found=f"hooks {listed(hooks) or 'none'}",
+            write=listed(close_matches(str(name), hooks)) or None,
+        )
+    return hooks[name]
+
+
+def check_name(hooks: Iterable[str], name: Any) -> None:
+    """Raises unless a further hook may have this name.
+
+    Raises:
+      HookError: it is malformed, or taken.
+    """
+    if not isinstance(name, str) or not name or not name.replace("_", "a").replace("-", "a").isalnum():
+        raise HookError("A hook's name is made of letters, digits, '_' and '-'.", found=repr(name), write='"head_norm"')
+    for other in hooks:
+        if other == name or path_hash(other) == path_hash(name):
+            raise HookError(
+                "The name is taken."
+                if other == name
+                else "The name has the same hash as another, and so the same keys.",
+                found=repr(other),
+                write="another name, or hooks.remove() first",
+            )
