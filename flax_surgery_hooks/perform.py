@@ -14,7 +14,6 @@ from flax_surgery_hooks.errors import RuleError, SurgeryFunctionError, UserCodeE
 from flax_surgery_hooks.following import move_slots
 from flax_surgery_hooks.metrics import Change, combine, measure
 from flax_surgery_hooks.operation import NOTHING, Fire, Operation, Unit, follows, like
-from flax_surgery_hooks.paths import listed
 
 
 class Edited(NamedTuple):
@@ -214,12 +213,6 @@ def _check_kept(operation: Operation, unit: Unit, old: Sequence[Any], new: Seque
     """Where all slots are kept nothing is known of them, so that no leaf may change its shape."""
     if not operation.rules.only_keeps:
         return
-    if unit.other is not None:
-        raise RuleError(
-            "Slots cannot be kept: the edit adds or removes leaves.",
-            found=f"{listed(unit.paths)} -> {listed(unit.other.paths)}",
-            write="opt_state='carry', 'transport' or 'reset'",
-        )
     for path, before, after in zip(unit.paths, old, new, strict=True):
         if jnp.shape(before) != after.shape:
             raise RuleError(

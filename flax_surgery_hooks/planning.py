@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks.errors import StateError
+from flax_surgery_hooks.errors import RuleError, StateError
 from flax_surgery_hooks.operation import Fire, Operation, Side, Unit, fire_for, units
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.perform import call_unit, compute_dtype
@@ -88,8 +88,12 @@ def _with_paths_after(operation: Operation, unit: Unit, parts: Parts, fire: Fire
     # Leaves stand in their own order in the unit: that of the surgery's call.
     paths = tuple(new)
     places = tuple(params.paths.index(path) for path in paths)
-    if operation.rules.only_keeps:
-        return Unit(unit.paths, unit.places, unit.slots, other=Side(paths, places, ()))
+    if operation.rules.only_keeps:  # then nothing is known of the slots
+        raise RuleError(
+            "Slots cannot be kept: the edit adds or removes leaves.",
+            found=f"{listed(unit.paths)} -> {listed(paths)}",
+            write="opt_state='carry', 'transport' or 'reset'",
+        )
     tx = parts.tx if tx is None else tx
     opt_state = initial_opt_state(tx, params)
     found = slots_of(tx, opt_state, params)

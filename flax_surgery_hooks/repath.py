@@ -43,8 +43,6 @@ def repathed(params: Leaves, old: Collection[str], new: Mapping[str, Any]) -> Le
         with located(path=path):
             tree = _with(tree, path.split("/"), new[path])
     leaves = flatten(tree)
-    if not leaves.values:
-        raise StructureError("The surgery removes every parameter.", write="a dict with at least one leaf")
     values = tuple(new.get(path, value) for path, value in zip(leaves.paths, leaves.values, strict=True))
     return leaves._replace(values=values)
 

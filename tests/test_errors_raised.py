@@ -8,15 +8,18 @@ import traceback
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import memory_cases
 import numpy as np
 import optax
+import path_cases
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from raised import Case, fail, of_leaves
 from tiny import MOMENTUM, halve, make_hooks, make_state
 
 import flax_surgery_hooks as fsh
@@ -33,15 +36,6 @@ SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))
 
 
 BARE = types.SimpleNamespace(params=PLAIN.params, opt_state=PLAIN.opt_state, tx=PLAIN.tx, replace=None)
-
-
-class Case(NamedTuple):
-    """A mistake, the error it raises, parts of its text, and the fields it must have set."""
-
-    run: Callable[[], Any]
-    error: type[e.SurgeryError]
-    says: tuple[str, ...]
-    fields: dict[str, Any] = {}  # noqa: RUF012  # never changed
 
 
 def on_slots(surgery, **kwargs):
@@ -125,10 +119,6 @@ def cut(w):
     return w[1:]
 
 
-def fail(*args, **kwargs):
-    raise ValueError("no luck")
-
-
 def raising_later():
     hooks = make_hooks(lambda w, mode="": w if mode else fail())
     hooks(1, PLAIN, mode="fine")
@@ -151,15 +141,6 @@ def refused(**kwargs):
     hooks.flush()
 
 
-def of_leaves(function):
-    """The form that takes all leaves."""
-
-    def edit(leaves):
-        return function(leaves)
-
-    return edit
-
-
 W, A = {"path": "w"}, {"hook": "a"}
 FUNCTION, HOOK, STEP, STATE, SLOT, RULE = (
     e.SurgeryFunctionError, e.HookError, e.StepError, e.StateError, e.SlotError, e.RuleError)  # fmt: skip
@@ -175,7 +156,7 @@ CASES = {
     "fold_back_path": Case(on_slots(Folding(lambda w, path: w)), FUNCTION,
                            ("fold_back of Folding asks for `path`", "Found: (path)", "whose keys are the paths")),
     "path_of_all": Case(on_plain(lambda leaves, path: leaves), FUNCTION, ("asks for `path`", "the keys of `leaves`")),
-    "memory": Case(on_plain(lambda w, memory: w), FUNCTION, ("asks for `memory`", "`init_memory(self, leaf)`", "a reserved name")),
+    "memory": Case(on_plain(lambda w, memory: w), FUNCTION, ("asks for `memory`", "a reserved name")),
     "signature": Case(on_plain(type("Odd", (), {"__call__": lambda self, w: w, "__signature__": "?"})()), FUNCTION,
                       ("signature of Odd cannot be read", "lambda leaf: Odd(leaf)")),
     "no_leaf": Case(on_plain(lambda: 1), FUNCTION, ("takes no leaf", "Found: ().", "def edit(kernel, ...)")),
@@ -184,10 +165,10 @@ CASES = {
     "star_args": Case(on_plain(lambda w, **others: w), FUNCTION, ("takes **others", "filled by name")),
     "raising": Case(by_hook(lambda w: fail()), e.UserCodeError, ("raised ValueError: no luck",), A | W),
     "raising_later": Case(raising_later, e.UserCodeError, ("raised ValueError: no luck",), A | W | {"step": 3}),
+    **memory_cases.CASES,
+    **path_cases.CASES,
     "no_dict": Case(on_plain(of_leaves(lambda leaves: None)), FUNCTION,
                     ("with the paths it was given: w", "Found: NoneType"), W),
-    "other_paths": Case(on_slots(of_leaves(lambda leaves: {"u": leaves["w"]}), params="*"), FUNCTION,
-                        ("with the paths it was given: v, w", "Found: u")),
     "no_return": Case(on_plain(lambda w: None), FUNCTION, ("must return an array", "is a `return` missing?"), W),
     "no_array": Case(on_plain(lambda w: "w"), FUNCTION, ("must return an array", "Found: str"), W),
     "other_numbers": Case(on_plain(lambda w: w > 0), FUNCTION, ("float32 came back as bool", ".astype(float32)"), W),
