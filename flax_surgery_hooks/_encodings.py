@@ -91,20 +91,25 @@ def finite_elements(array: np.ndarray) -> np.ndarray:
 def histogram(finite: np.ndarray, num_buckets: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Counts and edges (one more) of buckets of equal width from the least to the greatest element.
 
-    One bucket holds all where there is no room for more (equal elements, adjacent or overflowing floats).
+    By TensorFlow's rule, so that both writers count alike: equal elements are all in the last bucket, and without any
+    all counts and edges are 0. One bucket holds all where floats have no such widths.
 
     >>> histogram(np.array([0.0, 1.0, 1.5, 2.0]), num_buckets=2)
     (array([1, 3]), array([0., 1., 2.]))
     """
+    buckets = num_buckets or _DEFAULT_BUCKETS
     if finite.size == 0:
-        return np.array([0]), np.array([0.0, 0.0])
-    low, high, buckets = finite.min(), finite.max(), num_buckets or _DEFAULT_BUCKETS
-    with np.errstate(over="ignore", invalid="ignore"):
-        edges = np.linspace(low, high, buckets + 1)
-        room = np.isfinite(edges).all() and (np.diff(edges) > 0).all()
-    if not room:
+        return np.zeros(buckets, np.int64), np.zeros(buckets + 1)
+    low, high = finite.min(), finite.max()
+    with np.errstate(over="ignore", under="ignore"):
+        width = (high - low) / buckets
+    if low == high:
+        index = np.full(finite.size, buckets - 1)
+    elif width > 0 and np.isfinite(width):
+        index = np.minimum(np.floor((finite - low) / width), buckets - 1).astype(np.int64)
+    else:
         return np.array([finite.size]), np.array([low, high])
-    return np.histogram(finite, bins=buckets, range=(low, high))
+    return np.bincount(index, minlength=buckets), np.linspace(low, high, buckets + 1)
 
 
 def as_uint8_images(array: np.ndarray, step: int, tag: str) -> np.ndarray:

@@ -212,10 +212,10 @@ class EventFileWriter:
                 missing = array.size - finite.size
                 logging.warning("[%s] Histogram %s leaves out %d non-finite of %d.", step, tag, missing, array.size)
             counts, edges = histogram(finite, buckets)
-            with np.errstate(over="ignore"):
-                sums = {"num": finite.size, "sum": finite.sum(), "sum_squares": np.square(finite).sum()}
-            histo = self._pb.HistogramProto(min=edges[0], max=edges[-1], bucket_limit=edges[1:], bucket=counts, **sums)
-            values.append(self._pb.Summary.Value(tag=tag, histo=histo))
+            # TensorBoard's layout: a row per bucket. The older `HistogramProto` is cut to float32 and to its filled
+            # buckets when read.
+            rows = np.stack([edges[:-1], edges[1:], counts], axis=1)
+            values.append(self._raw(step, tag, rows, self._metadata("histograms", b"")))
         self._write(step, values)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
@@ -364,7 +364,6 @@ def _import_tensorboardx() -> types.SimpleNamespace:
         Event=event_pb2.Event,
         Summary=summary_pb2.Summary,
         SummaryMetadata=summary_pb2.SummaryMetadata,
-        HistogramProto=summary_pb2.HistogramProto,
         HParamsPluginData=plugin_hparams_pb2.HParamsPluginData,
         TensorProto=tensor_pb2.TensorProto,
         TensorShapeProto=tensor_shape_pb2.TensorShapeProto,

@@ -65,6 +65,7 @@ def _entry(one: Any, report: Report) -> ConfigDict | None:
         "fresh": operation.fresh,
         "guard": operation.guard,
         "figures": operation.figures,
+        "histograms": operation.histograms,
         "priority": one.priority,
     }
     for key, value in _extras(one).items():

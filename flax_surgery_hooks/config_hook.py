@@ -32,6 +32,7 @@ class HookSpec:
       guard: whether a fire that brings in non-finite values is refused.
       priority: the order among hooks due at one step.
       figures: whether changes are measured and written.
+      histograms: whether histograms of the leaves before and after are.
     """
 
     name: str
@@ -45,6 +46,7 @@ class HookSpec:
     guard: str
     priority: int
     figures: bool = True
+    histograms: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class HookFields:
       guard: "finite", so that a result with new non-finite values is not applied, or "off".
       priority: hooks due at one step fire from the highest to the lowest, then in the order of their names.
       figures: whether changes are measured and written.
+      histograms: whether histograms of the leaves before and after are.
       enabled: whether the hook is there at all; a disabled one is checked all the same.
     """
 
@@ -101,6 +104,7 @@ class HookFields:
     guard: str = "finite"
     priority: int = 0
     figures: bool = True
+    histograms: bool = False
     enabled: bool = True
 
 

@@ -8,9 +8,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,16 +16,16 @@ import jax.numpy as jnp
 from absl import logging
 
 from flax_surgery_hooks import memory
-from flax_surgery_hooks.errors import RefusedError
 from flax_surgery_hooks.ledger import Ledger, Record
-from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.operate import Outcome, needs_key, record_of, run, run_abstractly
 from flax_surgery_hooks.operate import commit as put_outcome
 from flax_surgery_hooks.operation import Operation, Unit, fire_for
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
 from flax_surgery_hooks.programs import Arrays, Programs
+from flax_surgery_hooks.samples import sampled
 from flax_surgery_hooks.schedules import Schedule
+from flax_surgery_hooks.settling import Fired
 from flax_surgery_hooks.structure import Reshape, shapes
 from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import Parts, take_apart
@@ -35,8 +33,6 @@ from flax_surgery_hooks.train_state import Parts, take_apart
 SHOWN = 100
 """How many missed steps a record lists."""
 ON_ERROR = ("raise", "skip")
-NEVER = sys.maxsize
-"""A step that no run reaches; an int, as comparing one with a float costs more."""
 
 
 def foresee(operation: Operation, state: Any, name: str, key: Any, inputs: dict[str, Any], reshape: Reshape) -> Any:
@@ -52,23 +48,6 @@ def _planned(
 ) -> tuple[list[Unit], list[Arrays]]:
     plan = plan_units(operation, parts, key, inputs, remembered, reshape.tx)
     return plan, [arrays_of(unit, parts, fire_memory(operation, unit, remembered)) for unit in plan]
-
-
-@dataclass(frozen=True, eq=False)
-class Fired:
-    """A fire whose figures may still be on their way.
-
-    Attributes:
-      record: the "fired" record, without id.
-      figures: figures on the device.
-      ok: the guard's verdict on the device, or None without guard.
-      reshaped: whether leaves changed shape.
-    """
-
-    record: Record
-    figures: dict[str, jax.Array]
-    ok: Any
-    reshaped: bool = False
 
 
 def fire_key(operation: Operation, seed: int, name: str, step: int, count: int) -> jax.Array | None:
@@ -119,101 +98,24 @@ def fire(
     plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
     fires = [fire_for(unit, key, jnp.int32(step), inputs) for unit in plan]
     outcome = run(programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit)
-    before = shapes(state.params)
+    held = state.params
     if outcome.applied:
         state = put_outcome(state, parts, plan, outcome, reshape.tx)
         if operation.edit.takes("memory"):
             state = memory.put(state, name, _remembered(operation, plan, outcome))
-    reshaped = shapes(state.params) != before
+    reshaped = shapes(state.params) != shapes(held)
     if reshaped:
         state = reshape.replaced(state)
-    figures = outcome.figures if operation.figures else {}
-    return state, Fired(record_of(operation, plan, outcome), figures, outcome.ok, reshaped)
+    record = record_of(operation, plan, outcome)
+    samples = sampled(held, state.params, record.paths + record.removed) if operation.histograms else None
+    figures, leaves = (outcome.figures, outcome.leaves) if operation.figures else ({}, None)
+    return state, Fired(record, figures, leaves, samples, outcome.ok, reshaped)
 
 
 def _remembered(operation: Operation, plan: Sequence[Unit], outcome: Outcome) -> Any:
     """What a surgery remembers after a fire."""
     by_path = {unit.paths[0]: new.memory for unit, new in zip(plan, outcome.arrays, strict=True)}
     return next(iter(by_path.values())) if operation.edit.many else by_path
-
-
-def read(figures: dict[str, Any]) -> dict[str, float]:
-    """Figures as Python floats; waits for the device."""
-    return {name: float(value) for name, value in jax.device_get(figures).items()}
-
-
-class Settler:
-    """Turns fires into records: "fired" at once, "settled" or "refused" when the figures are read."""
-
-    def __init__(self, ledger: Ledger, writer: MetricWriter | None, on_error: str, after: int):
-        self._ledger = ledger
-        self._writer = writer
-        self._on_error = on_error
-        self._after = after
-        self._waiting: list[Fired] = []
-        self._count = 0
-
-    @property
-    def wake(self) -> int:
-        """The step at which the oldest waiting fire wants to be read, `NEVER` if none waits."""
-        return min((_step(one) + self._after for one in self._waiting), default=NEVER)
-
-    def fired(self, one: Fired) -> None:
-        """Writes the "fired" record and keeps the figures for later."""
-        record = one.record.replace(event="fired", id=self._count)  # type: ignore[attr-defined]  # added by flax.struct
-        self._count += 1
-        self._ledger.write(record)
-        self._waiting.append(Fired(record, one.figures, one.ok))
-
-    def flush(self) -> None:
-        """Settles everything and flushes the writer."""
-        self.settle(NEVER)
-        if self._writer is not None:
-            self._writer.flush()
-
-    def settle(self, step: int) -> None:
-        """Reads the figures of the fires that have waited long enough at this step.
-
-        Raises:
-          RefusedError: the guard kept a result out, and `on_error` is "raise". All records are written before.
-        """
-        ripe = [one for one in self._waiting if _step(one) + self._after <= step]
-        self._waiting = [one for one in self._waiting if _step(one) + self._after > step]
-        refused = [record for record in map(self._settled, ripe) if record.event == "refused"]
-        if refused and self._on_error == "raise":
-            first = refused[0]
-            raise RefusedError(
-                "The fire was refused: it would have brought non-finite values into the state, which kept its old "
-                "ones.",
-                hook=first.hook,
-                step=first.step,
-                path=listed(first.paths),
-                found=_where(first.figures),
-                write="an edit that is finite on these leaves, or on_error='skip'",
-            )
-
-    def _settled(self, one: Fired) -> Record:
-        figures, ok = read(one.figures), one.ok is None or bool(one.ok)
-        event = "settled" if ok else "refused"
-        record = one.record.replace(event=event, figures=figures, time=0.0)  # type: ignore[attr-defined]
-        self._ledger.write(record)
-        if not ok:
-            logging.warning("Hook %s at step %s was refused: non-finite values.", record.hook, record.step)
-        if self._writer is not None and figures:
-            scalars = {f"surgery/{record.hook}/{name}": value for name, value in figures.items()}
-            self._writer.write_scalars(_step(one), scalars | {f"surgery/{record.hook}/refused": float(not ok)})
-        return record
-
-
-def _where(figures: dict[str, Any]) -> str | None:
-    if not figures:
-        return None
-    return f"{figures['params/nonfinite']:.0f} in params, {figures['slots/nonfinite']:.0f} in slots"
-
-
-def _step(one: Fired) -> int:
-    assert one.record.step is not None
-    return one.record.step
 
 
 def versions_json(seed: int) -> str:

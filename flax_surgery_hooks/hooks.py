@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from flax_surgery_hooks import fires, memory, rules
 from flax_surgery_hooks.ahead import check_ahead
 from flax_surgery_hooks.errors import HookError, ScheduleError, StateError, StepError, located
-from flax_surgery_hooks.fires import Fired, Settler
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.operate import bind_inputs, make_operation
@@ -20,6 +19,7 @@ from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, check_name, find, in_order
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.selection import Patterns
+from flax_surgery_hooks.settling import NEVER, Fired, Settler, read
 from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
 from flax_surgery_hooks.structure import Reshape
 from flax_surgery_hooks.train_state import written
@@ -132,6 +132,7 @@ class SurgeryHooks:
         fresh: str = "mean",
         guard: str = "finite",
         figures: bool = True,
+        histograms: bool = False,
         priority: int = 0,
         apply_fn: Callable[..., Any] | None = None,
         tx: Any = None,
@@ -150,6 +151,8 @@ class SurgeryHooks:
           fresh: what second moments of elements without history start from: "mean" of the survivors, or "init".
           guard: "finite": a result with new non-finite values is not applied; "off".
           figures: whether changes are measured and written.
+          histograms: whether the writer gets histograms of the leaves before and after too. Until then up to 2**20
+            elements of each stay on the device.
           priority: hooks due at the same step fire from the highest to the lowest, then as registered.
           apply_fn: for a surgery that changes shapes: the model function that goes with the new ones.
           tx: likewise the optimizer, if it has to be another object; its states must have the same structure.
@@ -169,7 +172,7 @@ class SurgeryHooks:
                 raise HookError("`priority=` is a Python int.", found=repr(priority), write="priority=0")
             operation = make_operation(
                 surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
-                figures=bool(figures),
+                figures=bool(figures), histograms=bool(histograms),
             )  # fmt: skip
         reshape = Reshape(apply_fn, tx, on_reshape)
         self._hooks[name] = Hook(name, operation, when, priority, self._registered, reshape)
@@ -252,7 +255,15 @@ class SurgeryHooks:
         hook, step = find(self._hooks, name), step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
         _, fired = self._fire(hook, state, step, inputs, commit=False)
-        return replace(fired.record, event="preview", figures=fires.read(fired.figures), id=None)
+        return replace(read(fired), event="preview", id=None)
+
+    def hparams(self) -> dict[str, Any]:
+        """What the hooks are, as hyperparameters: "surgery/<hook>/<field>" -> number, string or None.
+
+        The writer gets them at the first call. TensorBoard keeps the first ones of a run: a trainer that writes its own
+        adds these, `writer.write_hparams({**hparams, **hooks.hparams()})`.
+        """
+        return {name: value for hook in self._ordered() for name, value in hook.hparams().items()}
 
     def init(self, state: Any) -> Any:
         """The state with room for what surgeries remember, in its field `surgery`. Once all hooks are added, before
@@ -329,6 +340,7 @@ class SurgeryHooks:
         self._last = step - 1
         self._started = True
         self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
+        self._settler.started(self.hparams())
         for hook in self._ordered():
             fires.note_missed(self.ledger, hook.name, hook.when, step - 1)
 
@@ -410,7 +422,7 @@ class SurgeryHooks:
             self._wake = -1
             return
         due = (hook.when.next_step(self._last) for hook in self._hooks.values())
-        self._wake = min([fires.NEVER, self._settler.wake, *(step for step in due if step is not None)])
+        self._wake = min([NEVER, self._settler.wake, *(step for step in due if step is not None)])
 
     def _named(self) -> list[tuple[str, Operation]]:
         return [(hook.name, hook.operation) for hook in self._ordered()]

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.struct
 
+from flax_surgery_hooks import tables
 from flax_surgery_hooks.errors import LedgerError, shorten
 
 EVENTS = ("run", "fired", "settled", "refused", "passed", "preview")
@@ -23,7 +24,7 @@ def _static(default: Any) -> Any:
 
 @flax.struct.dataclass
 class Record:
-    """One event of a hook. A pytree whose only children are the figures, so that a jitted function can return it.
+    """One event of a hook. A pytree whose only children are figures, so that a jitted function can return it.
 
     Attributes:
       event: "run" (a session of hooks begins), "fired" (host facts, written at once), "settled" (its figures, once
@@ -44,6 +45,8 @@ class Record:
       time: seconds since the epoch.
       detail: anything else, as JSON.
       figures: "params/..." and "slots/..." -> number; see `metrics.Change`.
+      per_leaf: figures of each of the leaves, then of the removed ones, float32 [leaves, len(metrics.COLUMNS)], or
+        None; `table` shows them. Not part of the JSON.
     """
 
     event: str = _static("fired")
@@ -62,6 +65,19 @@ class Record:
     time: float = _static(0.0)
     detail: str = _static("")
     figures: dict[str, Any] = flax.struct.field(default_factory=dict)
+    per_leaf: Any = None
+
+    def table(self) -> str:
+        """The leaves before and after as a Markdown table, in the manner of `clu.parameter_overview`; waits for the
+        device.
+
+        >>> record = Record(paths=("w",), leaves=(((2, 3), "float32"),), per_leaf=[[6, 1, 0.5, 0.5, 6, 0, 0]])
+        >>> print(record.table())
+        | Name | Shape | Dtype | Size | Norm before | Norm after | Change | Changed | Fresh | Zeros |
+        |:--|:--|:--|--:|--:|--:|--:|--:|--:|--:|
+        | w | (2, 3) | float32 | 6 | 1 | 0.5 | 0.5 | 100 % | 0 % | 0 % |
+        """
+        return tables.leaf_table(self.paths, self.leaves, self.added, self.removed, self.per_leaf)
 
     def to_json(self) -> str:
         """The record as one line of JSON; empty fields are left out, non-finite figures are null."""

@@ -128,6 +128,18 @@ def combine(changes: Iterable[Change]) -> Change:
     return Change.empty() if result is None else result
 
 
+COLUMNS = ("elements", "norm_before", "norm_after", "relative_change", "changed", "fresh", "sparsity")
+"""What `table_of` tells of each leaf."""
+
+
+def table_of(changes: Sequence[Change]) -> jax.Array:
+    """The figures of each leaf, float32 [leaves, len(COLUMNS)]."""
+    if not changes:
+        return jnp.zeros((0, len(COLUMNS)), jnp.float32)
+    figures = jax.tree.map(lambda *values: jnp.stack(values), *changes).compute()
+    return jnp.stack([figures[name] for name in COLUMNS], 1)
+
+
 def _flag(flags: jax.Array) -> jax.Array:
     return jnp.where(flags, 1.0, 0.0).astype(jnp.float32)
 

@@ -18,7 +18,6 @@ from flax_surgery_hooks import checks, rules
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
 from flax_surgery_hooks.errors import InputError, RefusedError, StateError
 from flax_surgery_hooks.ledger import Record
-from flax_surgery_hooks.metrics import Change
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
 from flax_surgery_hooks.planning import arrays_of, plan_units
@@ -106,7 +105,13 @@ def operate(
     else:
         outcome = _run_traced(operation, plan, *given)
     return commit(state, parts, plan, outcome), record_of(
-        operation, plan, outcome, event="settled", seconds=time.perf_counter() - start, figures=outcome.figures
+        operation,
+        plan,
+        outcome,
+        event="settled",
+        seconds=time.perf_counter() - start,
+        figures=outcome.figures,
+        per_leaf=outcome.leaves,
     )
 
 
@@ -116,8 +121,7 @@ class Outcome(NamedTuple):
     Attributes:
       arrays: the new values per unit; only their shapes if the edit was not applied.
       figures: see `FireFigures.compute_flat`; on the device, empty if not measured.
-      leaves: `Change`s of the leaves after the fire, then of those that it removed; on the device, empty if not
-        measured.
+      leaves: see `Record.per_leaf`; on the device, None if not measured.
       ok: whether the guard let it through, or None without guard.
       in_place: per unit, 1 where slots stayed in place because the edit mixes.
       applied: whether the arrays are to be put into the state.
@@ -125,7 +129,7 @@ class Outcome(NamedTuple):
 
     arrays: list[Arrays]
     figures: dict[str, Any]
-    leaves: tuple[Change, ...]
+    leaves: Any
     ok: Any
     in_place: tuple[bool, ...]
     applied: bool = True
@@ -141,6 +145,7 @@ def make_operation(
     fresh: str = "mean",
     guard: str = "finite",
     figures: bool = True,
+    histograms: bool = False,
 ) -> Operation:
     """Reads all that `operate` and `SurgeryHooks.add` are told about one surgery.
 
@@ -155,6 +160,7 @@ def make_operation(
         rules.check_choice(fresh, rules.FRESH, "value of fresh="),
         rules.check_choice(guard, rules.GUARDS, "guard"),
         figures,
+        histograms,
     )
 
 
@@ -227,9 +233,10 @@ def run(
     measured: list[Measured] = []
     ok: Any = None
     figures: dict[str, Any] = {}
+    leaves = None
     if operation.figures or operation.guard != "off":
         measured = [programs.measure(*each) for each in zip(plan, arrays, fires, in_place, strict=True)]
-        ok, figures = verdict(measured)
+        ok, figures, leaves = verdict(measured)
         ok = ok if operation.guard != "off" else None
     chosen = ok
     if ok is not None and programs.reshapes and commit:
@@ -239,7 +246,6 @@ def run(
     else:
         seeds = [one.seeds for one in measured] if measured else [None] * len(plan)
         new = [programs.edit(*each, chosen) for each in zip(plan, arrays, fires, in_place, seeds, strict=True)]
-    leaves = tuple(change for one in measured for change in one.changes.params)
     return Outcome(new, figures, leaves, ok, tuple(in_place), applied=commit)
 
 
@@ -256,12 +262,12 @@ def _run_traced(
     ]
     changes = [changes_of(each) for each in edited]
     new = [Arrays(each.params, each.slots, each.memory) for each in edited]
-    ok, figures = judge(changes)
+    ok, figures, leaves = judge(changes)
     if operation.guard == "off" or any(unit.other is not None for unit in plan):
         ok = None  # old and new leaves at other paths have nothing to choose between
     else:
         new = [choose(ok, after, before) for after, before in zip(new, arrays, strict=True)]
-    return Outcome(new, figures, tuple(change for each in changes for change in each.params), ok, in_place)
+    return Outcome(new, figures, leaves, ok, in_place)
 
 
 def run_abstractly(operation: Operation, plan: Sequence[Unit], *given: Any) -> Outcome:

@@ -34,6 +34,7 @@ class Operation:
       fresh: what second moments without history start from, "mean" or "init".
       guard: "finite" or "off".
       figures: whether figures are computed.
+      histograms: whether elements of the leaves are kept for histograms.
       static: those of the trainer's inputs that are neither arrays nor numbers, as pairs of name and value.
     """
 
@@ -43,6 +44,7 @@ class Operation:
     fresh: str = "mean"
     guard: str = "finite"
     figures: bool = True
+    histograms: bool = False
     static: tuple[tuple[str, Any], ...] = ()
 
 

@@ -58,9 +58,14 @@ def flatten(params: Any) -> Leaves:
 def join(keys: KeyPath) -> str:
     """The `/`-joined name of a typed key path, without the fields of boxes (such as `nn.Partitioned.value`)."""
     named = list(keys)
-    while named and isinstance(named[-1], GetAttrKey | FlattenedIndexKey) and len(named) > 1:
+    while len(named) > 1 and _is_box_field(named[-1]):
         named.pop()
     return "/".join(_name(key) for key in named)
+
+
+def _is_box_field(key: Any) -> bool:
+    """Whether a key is where boxes and NNX's variables keep their array; other attributes are names of parameters."""
+    return key == GetAttrKey("value") or isinstance(key, FlattenedIndexKey)
 
 
 def _name(key: Any) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from flax_surgery_hooks.calling import check_memory
 from flax_surgery_hooks.errors import StructureError, SurgeryError
-from flax_surgery_hooks.metrics import Change, FireFigures, combine
+from flax_surgery_hooks.metrics import Change, FireFigures, combine, table_of
 from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.perform import Edited, examine, perform
@@ -265,16 +265,19 @@ class Verdict(NamedTuple):
     Attributes:
       ok: `is_fine`.
       figures: `FireFigures.compute_flat`.
+      leaves: `metrics.table_of` all leaves.
     """
 
     ok: Any
     figures: dict[str, Any]
+    leaves: Any
 
 
 def judge(changes: Sequence[Changes]) -> Verdict:
     """Verdict and figures of a fire; traced or concrete."""
     pairs = [(combine(unit.params), unit.slots) for unit in changes]
-    return Verdict(is_fine(changes), FireFigures.of(pairs).compute_flat())
+    leaves = table_of([change for unit in changes for change in unit.params])
+    return Verdict(is_fine(changes), FireFigures.of(pairs).compute_flat(), leaves)
 
 
 _judge_jitted = jax.jit(judge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.paths import close_matches, listed
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.structure import Reshape
-from flax_surgery_hooks.surgery import path_hash
+from flax_surgery_hooks.surgery import describe, path_hash
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,23 @@ class Hook:
     priority: int
     order: int
     reshape: Reshape
+
+    def hparams(self) -> dict[str, Any]:
+        """What the hook is: "surgery/<hook>/<field>" -> number, string or None."""
+        operation = self.operation
+        surgery, leaves = describe(operation.edit.function), operation.selection.describe()
+        fields = {
+            "surgery": surgery.pop("name"),
+            **{f"surgery.{name}": value for name, value in surgery.items()},
+            "params": ", ".join(map(str, leaves["params"])),
+            "exclude": ", ".join(map(str, leaves["exclude"])),
+            "when": repr(self.when),
+            "opt_state": operation.rules.describe(),
+            "fresh": operation.fresh,
+            "guard": operation.guard,
+            "priority": self.priority,
+        }
+        return {f"surgery/{self.name}/{name}": _simple(value) for name, value in fields.items()}
 
 
 def in_order(hooks: Iterable[Hook]) -> list[Hook]:
@@ -73,3 +91,8 @@ def check_name(hooks: Iterable[str], name: Any) -> None:
                 found=repr(other),
                 write="another name, or hooks.remove() first",
             )
+
+
+def _simple(value: Any) -> Any:
+    """A hyperparameter as all writers hold it."""
+    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)

@@ -125,7 +125,7 @@ def find_slots(
     """`slots_of` on what is hashable, so that it is done once per optimizer and structure."""
     opt_state = jax.tree.unflatten(opt_treedef, [jax.ShapeDtypeStruct(*shape) for shape in slot_shapes])
     _check_made(_initial(tx, params_treedef, param_shapes), opt_state)
-    fields = list(_fields(opt_state, param_keys))
+    fields = list(_fields(opt_state, _Mirrored(param_keys, _named_tuples(params_treedef))))
     if not fields:
         return {}
     places = list(_places(opt_state, fields, param_keys))
@@ -255,17 +255,35 @@ def _kind(field: _Field, verdict: slot_probe.Verdict) -> str:
 # The walk from the root of an optimizer state to the nodes that mirror the parameters.
 
 
-def _fields(opt_state: Any, param_keys: tuple[KeyPath, ...]) -> Iterator[_Field]:
-    yield from _walk(opt_state, (), None, "", (), param_keys)
+class _Mirrored(NamedTuple):
+    """The parameters that parts of an optimizer state mirror.
+
+    Attributes:
+      keys: key path of each.
+      containers: NamedTuple classes among their containers, which are no optimizer states.
+    """
+
+    keys: tuple[KeyPath, ...]
+    containers: frozenset[type]
+
+
+def _named_tuples(treedef: Any) -> frozenset[type]:
+    node = treedef.node_data()
+    here = {node[0]} if node is not None and hasattr(node[0], "_fields") else set()
+    return frozenset(here).union(*map(_named_tuples, treedef.children()))
+
+
+def _fields(opt_state: Any, mirrored: _Mirrored) -> Iterator[_Field]:
+    yield from _walk(opt_state, (), None, "", (), mirrored)
 
 
 def _walk(
-    node: Any, keys: KeyPath, state: type | None, field: str, preceding: Preceding, param_keys: tuple[KeyPath, ...]
+    node: Any, keys: KeyPath, state: type | None, field: str, preceding: Preceding, mirrored: _Mirrored
 ) -> Iterator[_Field]:
     """Yields the fields below `node`, which lies in `field` of the nearest enclosing `state`."""
     if not jax.tree.leaves(node):
         return
-    if state is not None and _mirrors(node, state, field, param_keys):
+    if state is not None and _mirrors(node, state, field, mirrored):
         _check_known(state, field)
         if _REGISTRY[state][field] != "none":
             yield _Field(keys, state, field, preceding)
@@ -278,7 +296,7 @@ def _walk(
     before = (*preceding, object) if unordered else preceding
     for child_keys, child in _children(node):
         here, name = (type(node), child_keys[0].name) if hasattr(node, "_fields") else (state, field)
-        yield from _walk(child, (*keys, *child_keys), here, name, before, param_keys)
+        yield from _walk(child, (*keys, *child_keys), here, name, before, mirrored)
         if is_chain:
             before = (*before, *_state_types(child))
 
@@ -298,18 +316,22 @@ def _is_hole(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def _mirrors(node: Any, state: type, field: str, param_keys: tuple[KeyPath, ...]) -> bool:
+def _mirrors(node: Any, state: type, field: str, mirrored: _Mirrored) -> bool:
     """Whether every leaf below `node` starts with a full parameter path and every parameter is covered.
 
     A hole (`MaskedNode`, None) covers the parameters below it. What stands at a parameter's place may be a box or a
     tuple of arrays, but no further state: labels of a partition can be equal to parameter names.
     """
-    if param_keys == ((),):  # one bare array: nothing to recognise by, so the registry decides
+    if mirrored.keys == ((),):  # one bare array: nothing to recognise by, so the registry decides
         return field in _REGISTRY.get(state, {})
-    items = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: _is_hole(x) or _is_state(x))[0]
-    if any(_is_state(leaf) for _, leaf in items):
+
+    def is_state(node: Any) -> bool:
+        return _is_state(node) and type(node) not in mirrored.containers
+
+    items = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: _is_hole(x) or is_state(x))[0]
+    if any(is_state(leaf) for _, leaf in items):
         return False
-    places = _by_keys(param_keys)
+    places = _by_keys(mirrored.keys)
     owners = [_owner(keys, places) for keys, leaf in items if not _is_hole(leaf)]
     if None in owners or not owners:
         return False

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from tensorboardX.proto import types_pb2
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.record_writer import masked_crc32c
@@ -40,8 +41,14 @@ def read_scalars(logdir: Logdir) -> Series:
 
 
 def read_histograms(logdir: Logdir) -> Series:
-    """`{tag: [(step, HistogramProto)]}`."""
-    return _select(logdir, lambda value: value.WhichOneof("value") == "histo", lambda value: value.histo)
+    """`{tag: [(step, float64 [buckets, 3])]}`; a row holds the edges of a bucket and its count."""
+
+    def decode(value: Any) -> np.ndarray:
+        shape = [dim.size for dim in value.tensor.tensor_shape.dim]
+        assert value.tensor.dtype == types_pb2.DT_DOUBLE
+        return np.frombuffer(value.tensor.tensor_content, np.float64).reshape(shape)
+
+    return _select(logdir, _by_plugin("histograms"), decode)
 
 
 def read_texts(logdir: Logdir) -> Series:

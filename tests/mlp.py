@@ -51,7 +51,9 @@ def batches() -> list[jax.Array]:
     return [jnp.asarray(np.random.default_rng(100 + t).normal(size=(16, 5))) for t in range(STEPS)]
 
 
-def rebuilt(run: Run, edit: Callable[[Params], Params]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def rebuilt(
+    run: Run, edit: Callable[[Params], Params], gradient: Callable[[Params, jax.Array], Params] = gradient
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Adam's moments, had every recorded step been taken on the edited network: plain NumPy averages of its
     gradients.
     """

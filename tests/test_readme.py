@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 
 import flax_surgery_hooks as fsh
+from flax_surgery_hooks.writers import LoggingWriter
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -26,18 +27,16 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.replace("&&\n", "&& ").splitlines()]
 
 
-class Writer:
-    """Keeps scalars."""
+class Writer(LoggingWriter):
+    """Keeps scalars, and logs the rest."""
 
     def __init__(self):
+        super().__init__()
         self.scalars: dict[str, list[int]] = {}
 
     def write_scalars(self, step, scalars):
         for name in scalars:
             self.scalars.setdefault(name, []).append(step)
-
-    def flush(self):
-        pass
 
 
 class Network(nn.Module):

@@ -318,24 +318,24 @@ def test_histograms_come_back(tmp_path):
     writer.write_histograms(4, {"w": values})
     writer.close()
     read = event_files.read_histograms(tmp_path)
-    [(step, histo), (later, default)] = read["w"]
+    [(step, rows), (later, default)] = read["w"]
     assert (step, later) == (3, 4)
     counts, edges = np.histogram(values.astype(np.float64), 7)
-    assert list(histo.bucket) == counts.tolist()
-    np.testing.assert_allclose(histo.bucket_limit, edges[1:], rtol=1e-12)
-    assert (histo.min, histo.max, histo.num) == (values.min(), values.max(), 1000)
-    np.testing.assert_allclose(histo.sum, values.sum(dtype=np.float64))
-    np.testing.assert_allclose(histo.sum_squares, np.square(values, dtype=np.float64).sum())
-    assert len(default.bucket) == len(read["v"][0][1].bucket) == len(read["u"][0][1].bucket) == 30
+    assert rows[:, 2].tolist() == counts.tolist()
+    np.testing.assert_allclose(rows[:, 0], edges[:-1], rtol=1e-12)
+    np.testing.assert_allclose(rows[:, 1], edges[1:], rtol=1e-12)
+    assert (rows[0, 0], rows[-1, 1]) == (values.min(), values.max())
+    assert len(default) == len(read["v"][0][1]) == len(read["u"][0][1]) == 30
 
 
 @pytest.mark.parametrize(
     ("values", "limits", "counts"),
     [
-        ([2.0, 2.0, 2.0], [2.0], [3]),
-        ([], [0.0], [0]),
-        ([1.0, np.nextafter(1.0, 2.0)], [np.nextafter(1.0, 2.0)], [2]),
+        ([2.0, 2.0, 2.0], [2.0, 2.0], [0, 3]),
+        ([], [0.0, 0.0], [0, 0]),
+        ([1.0, np.nextafter(1.0, 2.0)], [1.0, np.nextafter(1.0, 2.0)], [1, 1]),
         ([-1e308, 1e308], [1e308], [2]),
+        ([0.0, 5e-324], [5e-324], [2]),
         ([True, False, True], [0.5, 1.0], [1, 2]),
         (np.array([-3, 5], np.int8), [1.0, 5.0], [1, 1]),
         (np.array([0.0, 1.0], jnp.bfloat16), [0.5, 1.0], [1, 1]),
@@ -345,16 +345,16 @@ def test_histograms_of_awkward_values(tmp_path, values, limits, counts):
     writer = EventFileWriter(tmp_path)
     writer.write_histograms(0, {"w": np.asarray(values)}, {"w": 2})
     writer.close()
-    [(_, histo)] = event_files.read_histograms(tmp_path)["w"]
-    assert (list(histo.bucket_limit), list(histo.bucket)) == (limits, counts)
+    [(_, rows)] = event_files.read_histograms(tmp_path)["w"]
+    assert (rows[:, 1].tolist(), rows[:, 2].tolist()) == (limits, counts)
 
 
 def test_histograms_leave_out_what_is_not_finite_and_say_so(tmp_path, log):
     writer = EventFileWriter(tmp_path)
     writer.write_histograms(3, {"w": np.array([[1.0, np.nan], [np.inf, 2.0]])}, {"w": 1})
     writer.close()
-    [(_, histo)] = event_files.read_histograms(tmp_path)["w"]
-    assert (list(histo.bucket), histo.num, histo.max) == ([2], 2, 2.0)
+    [(_, rows)] = event_files.read_histograms(tmp_path)["w"]
+    assert rows.tolist() == [[1.0, 2.0, 2.0]]
     assert log == ["[3] Histogram w leaves out 2 non-finite of 4."]
 
 

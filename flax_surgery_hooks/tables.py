@@ -1,0 +1,64 @@
+"""Markdown tables of what fires did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+HEAD = ("Name", "Shape", "Dtype", "Size", "Norm before", "Norm after", "Change", "Changed", "Fresh", "Zeros")
+LEFT = 3
+"""Columns of text; the others hold numbers."""
+
+
+def leaf_table(
+    paths: Sequence[str],
+    leaves: Sequence[tuple[tuple[int, ...], str]],
+    added: Sequence[str],
+    removed: Sequence[str],
+    figures: Any,
+) -> str:
+    """The leaves of a fire, one row each.
+
+    Args:
+      paths: leaves after the fire.
+      leaves: their shapes and dtypes.
+      added: those of them that were not there before.
+      removed: leaves that are gone.
+      figures: `metrics.COLUMNS` of all these, [leaves, columns]; None leaves the numbers out.
+    """
+    shown = [
+        (f"{path} (added)" if path in added else path, str(tuple(shape)), dtype)
+        for path, (shape, dtype) in zip(paths, leaves, strict=True)
+    ]
+    shown += [(f"{path} (removed)", "", "") for path in removed]
+    if figures is None:
+        return table(HEAD[:LEFT], shown, left=LEFT)
+    is_new = [path in added for path in paths] + [False] * len(removed)
+    rows = [(*texts, *_numbers(row, new)) for texts, row, new in zip(shown, figures, is_new, strict=True)]
+    return table(HEAD, rows, left=LEFT)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
+    r"""A Markdown table, its first `left` columns aligned to the left and the others to the right.
+
+    >>> print(table(("a", "b"), [("x|y", "1")], left=1))
+    | a | b |
+    |:--|--:|
+    | x\|y | 1 |
+    """
+    rules = [":--"] * left + ["--:"] * (len(head) - left)
+    lines = [_line(head), "|" + "|".join(rules) + "|"]
+    return "\n".join([*lines, *map(_line, rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _numbers(row: Any, new: bool) -> list[str]:
+    size, before, after, change, changed, fresh, sparsity = (float(value) for value in row)
+    if not size:  # a removed leaf
+        return ["0", f"{before:.4g}", *[""] * 5]
+    shares = (changed / size, fresh / size, sparsity)
+    compared = ("", f"{after:.4g}", "") if new else (f"{before:.4g}", f"{after:.4g}", f"{change:.3g}")
+    return [f"{size:,.0f}", *compared, *(f"{100 * share:.3g} %" for share in shares)]
