@@ -34,6 +34,8 @@ SHOWN = 100
 ON_ERROR = ("raise", "skip")
 NEVER = sys.maxsize
 """A step that no run reaches; an int, as comparing one with a float costs more."""
+FAR = 2**30 - 1
+"""The largest int that CPython compares at its fastest; a wake beyond it is looked at again there."""
 
 
 def foresee(operation: Operation, state: Any, key: Any, inputs: dict[str, Any], reshape: Reshape) -> Any:

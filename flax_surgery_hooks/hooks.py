@@ -25,6 +25,7 @@ from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import written
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_ONE = 1
 
 
 class SurgeryHooks:
@@ -54,7 +55,7 @@ class SurgeryHooks:
     [0.5, 0.5]
     """
 
-    # An idle call is a type check and two comparisons of integers; slots make reading these a quarter cheaper.
+    # An idle call is a subtraction and a comparison of integers; slots make reading these a quarter cheaper.
     __slots__ = (
         "_counts", "_hooks", "_last", "_programs", "_registered", "_settler", "_started", "_unchecked", "_wake",
         "ledger", "seed", "strict_steps",
@@ -221,9 +222,14 @@ class SurgeryHooks:
         Raises:
           SurgeryError: see `flax_surgery_hooks.errors`. The given state is never half-edited.
         """
-        if type(step) is int and self._last < step < self._wake and state is not None:
-            self._last = step
-            return state
+        # `is`: only a Python int minus another is the one small int 1 itself, so that this one test says that the step
+        # is such an int (or of a subclass) and the next one. `True` is too, after step 0: `_rewake` sees to that.
+        try:
+            if step - self._last is _ONE and step < self._wake and state is not None:
+                self._last = step
+                return state
+        except Exception:
+            pass  # whatever cannot be subtracted is no step: `_attend` says so
         return self._attend(step, state, inputs)
 
     def fire(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Any:
@@ -260,7 +266,10 @@ class SurgeryHooks:
         self._rewake()
 
     def _attend(self, step: Any, state: Any, inputs: dict[str, Any]) -> Any:
-        """A call on which something has to be done: a check, a fire, figures to be read."""
+        """A call that is not the idle one of the next step: something has to be done, or steps are left out."""
+        if type(step) is int and self._last < step < self._wake and state is not None:
+            self._last = step
+            return state
         if state is None:
             raise StateError(
                 "Hooks edit the state, so they need it and return it.",
@@ -376,12 +385,16 @@ class SurgeryHooks:
         return passed
 
     def _rewake(self) -> None:
-        """The next step at which a call has anything to do; unchecked hooks and the first call cannot wait."""
-        if not self._started or self._unchecked:
+        """The next step at which a call has anything to do; unchecked hooks and the first call cannot wait.
+
+        Nor can step 1, from which a call could not tell `True`.
+        """
+        if not self._started or self._unchecked or self._last < 1:
             self._wake = -1
             return
         due = (hook.when.next_step(self._last) for hook in self._hooks.values())
-        self._wake = min([fires.NEVER, self._settler.wake, *(step for step in due if step is not None)])
+        far = fires.FAR if self._last < fires.FAR else fires.NEVER
+        self._wake = min([far, self._settler.wake, *(step for step in due if step is not None)])
 
     def _ordered(self) -> list[Hook]:
         return sorted(self._hooks.values(), key=lambda hook: (-hook.priority, hook.order))
