@@ -190,6 +190,26 @@ def mean_of_survivors(moved: jax.Array, fresh: jax.Array, old: jax.Array, init: 
     return jnp.where(count > 0, total / jnp.maximum(count, 1), whole)
 
 
+def mean_if_any_fresh(
+    how: Follow, rule: str, kind: str, path: str, moved: jax.Array, fresh: jax.Array, old: jax.Array, init: float
+) -> jax.Array:
+    """`mean_of_survivors`, without a pass over the slot where it is cheap to see that every element has history.
+
+    Cheap is a coefficient that is the same all along an axis. The branch moves the slot again rather than take `moved`,
+    which XLA would have to store for it.
+    """
+    diagonal = how.lineage.diagonal[path] if how.lineage.diagonal is not None and how.fold is None else None
+    if diagonal is None or how.in_place or diagonal.size * 8 > old.size:
+        return mean_of_survivors(moved, fresh, old, init)
+
+    def mean() -> jax.Array:
+        again = move(how, rule, kind, {path: old})[path]
+        return mean_of_survivors(again, jnp.broadcast_to(diagonal == 0, old.shape), old, init)
+
+    shape = jax.eval_shape(mean)
+    return jax.lax.cond(jnp.any(diagonal == 0), mean, lambda: jnp.full(shape.shape, init, shape.dtype))
+
+
 def uses_seed(kind: str) -> bool:
     """Whether fresh elements of this kind of slot start from a value that has to be computed."""
     return kind in SECOND_MOMENTS
