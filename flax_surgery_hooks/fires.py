@@ -84,8 +84,9 @@ def prepare(programs: Programs, state: Any, key: Any, step: int, inputs: dict[st
     """Raises whatever a fire on this state would raise, and edits nothing."""
     parts = take_apart(state)
     reshape.check(state)
+    at = jnp.int32(step)
     for unit in plan_units(programs.operation, parts):
-        fire = fire_for(unit, key, jnp.int32(step), inputs)
+        fire = fire_for(unit, key, at, inputs)
         programs.prepare(unit, arrays_of(unit, parts), fire, may_reshape=reshape.declared)
 
 
@@ -106,7 +107,8 @@ def fire(
     parts = take_apart(state)
     plan = plan_units(programs.operation, parts)
     arrays = [arrays_of(unit, parts) for unit in plan]
-    fires = [fire_for(unit, key, jnp.int32(step), inputs) for unit in plan]
+    at = jnp.int32(step)
+    fires = [fire_for(unit, key, at, inputs) for unit in plan]
     outcome = run(programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit)
     before = shapes(state.params)
     if commit:

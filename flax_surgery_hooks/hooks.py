@@ -15,6 +15,7 @@ from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.operate import bind_inputs, make_operation
 from flax_surgery_hooks.operation import Operation
+from flax_surgery_hooks.passes import Program
 from flax_surgery_hooks.paths import close_matches, listed
 from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.schedules import Schedule
@@ -259,6 +260,27 @@ class SurgeryHooks:
         self._check(hook, state, inputs)
         _, fired = self._fire(hook, state, step, inputs, commit=False)
         return replace(fired.record, event="preview", figures=fires.read(fired.figures), id=None)
+
+    def programs(self, name: str) -> list[Program]:
+        """What a hook has compiled: one entry per shape, dtype and placement of leaves, see `passes.Program`.
+
+        Args:
+          name: the hook.
+
+        Raises:
+          HookError: there is no such hook.
+
+        >>> import jax.numpy as jnp, optax, flax_surgery_hooks as fsh
+        >>> hooks = fsh.SurgeryHooks()
+        >>> hooks.add("halve", lambda w: w / 2, params="**", when=fsh.at(1), figures=False, guard="off")
+        >>> params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(3)}
+        >>> _ = hooks(1, fsh.TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1)).replace(step=1))
+        >>> [(program.leaves[0][0], program.served) for program in hooks.programs("halve")]
+        [((2,), 2), ((3,), 1)]
+        """
+        self._get(name)
+        by_static = self._programs[name].values()
+        return [passes.describe() for programs in by_static for passes in programs.compiled.values()]
 
     def flush(self) -> None:
         """Reads the figures of all fires now, which waits for the device, and flushes the writer."""

@@ -225,8 +225,8 @@ def run(
       may_reshape: whether leaves may change shape.
       commit: False measures only; the arrays of the outcome are then the old ones.
     """
-    in_place = [
-        programs.prepare(unit, one, fire, may_reshape=may_reshape)
+    ready = [
+        programs.ready(unit, one, fire, may_reshape=may_reshape)
         for unit, one, fire in zip(plan, arrays, fires, strict=True)
     ]
     operation = programs.operation
@@ -234,7 +234,7 @@ def run(
     ok: Any = None
     figures: dict[str, Any] = {}
     if operation.figures or operation.guard != "off":
-        measured = [programs.measure(*each) for each in zip(plan, arrays, fires, in_place, strict=True)]
+        measured = [programs.measure(*each) for each in zip(ready, fires, strict=True)]
         ok, figures = verdict(measured)
         ok = ok if operation.guard != "off" else None
     if ok is not None and programs.reshapes and commit:
@@ -242,8 +242,8 @@ def run(
     new = list(arrays)
     if commit:
         seeds = [one.seeds for one in measured] if measured else [None] * len(plan)
-        new = [programs.edit(*each, ok) for each in zip(plan, arrays, fires, in_place, seeds, strict=True)]
-    return Outcome(new, figures, ok, tuple(in_place))
+        new = [programs.edit(*each, ok) for each in zip(ready, fires, seeds, strict=True)]
+    return Outcome(new, figures, ok, tuple(one.passes.in_place for one in ready))
 
 
 def _run_traced(

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from flax_surgery_hooks.errors import StructureError, SurgeryError
 from flax_surgery_hooks.metrics import Change, FireFigures, combine
 from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
+from flax_surgery_hooks.passes import Passes
 from flax_surgery_hooks.perform import Edited, examine, perform
 
 ANY_LEAF = "<leaf>"
@@ -28,10 +29,14 @@ ANY_LEAF = "<leaf>"
 
 
 class Measured(NamedTuple):
-    """The first pass over a unit."""
+    """The first pass over a unit.
 
-    params_change: Change
-    slots_change: Change
+    Attributes:
+      changes: the `Change` of its leaves and of its slots as two rows of one array, as each array costs to handle.
+      seeds: see `Edited.seeds`.
+    """
+
+    changes: jax.Array
     seeds: tuple[jax.Array, ...]
 
 
@@ -42,20 +47,64 @@ class Arrays(NamedTuple):
     slots: tuple[Any, ...]
 
 
+class Signature(NamedTuple):
+    """What is known of all units of one signature.
+
+    Attributes:
+      common: the unit that stands for them.
+      in_place: whether slots stay in place because the edit mixes.
+      shapes: of leaves and slots after the edit.
+    """
+
+    common: Unit
+    in_place: bool
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Ready(NamedTuple):
+    """A unit that can be edited: looked up once per fire, so that many small leaves cost little but their programs.
+
+    Attributes:
+      unit: the leaves.
+      arrays: their values.
+      placed: these under Auto axes.
+      passes: their programs.
+    """
+
+    unit: Unit
+    arrays: Arrays
+    placed: Arrays
+    passes: Passes
+
+
 class Programs:
     """The compiled programs of one operation.
 
     Attributes:
       operation: the surgery and its rules.
-      compiled: signature -> the two jitted passes; each holds one executable per shape, dtype and placement.
+      compiled: signature, shapes and placement -> the two passes.
     """
 
     def __init__(self, operation: Operation):
         self.operation = operation
-        self.compiled: dict[Hashable, tuple[Any, Any]] = {}
-        self._examined: dict[Hashable, bool] = {}
-        self._shapes: dict[Hashable, Any] = {}
+        self.compiled: dict[Hashable, Passes] = {}
+        self._signatures: dict[Hashable, Signature] = {}
+        self._common: dict[Hashable, Unit] = {}  # holds them, so that keys may use their `id`: hashing slots is slow
         self._reshapes = False
+        rules = [operation.rules.default, *(rule for _, rule in operation.rules.by_kind)]
+        self._by_path = operation.edit.many or operation.edit.takes("path") or any(map(callable, rules))
+
+    def ready(self, unit: Unit, arrays: Arrays, fire: Fire, *, may_reshape: bool) -> Ready:
+        """`prepare`, with the programs for these values; nothing is compiled yet."""
+        common = self._stand_in(unit)
+        placements = tuple([_placement(leaf) for leaf in (*arrays.params, *arrays.slots)])
+        key = (id(common), _shapes_of(arrays), _shapes_of(fire.inputs), placements)
+        placed, passes = _relabelled(arrays), self.compiled.get(key)
+        if passes is None:
+            with _own_path(unit):
+                signature = self._examined(unit, arrays, fire, may_reshape)
+                passes = self.compiled[key] = self._passes(signature, arrays, placed)
+        return Ready(unit, arrays, placed, passes)
 
     def prepare(self, unit: Unit, arrays: Arrays, fire: Fire, *, may_reshape: bool) -> bool:
         """Finds everything that can be wrong with editing a unit, once per signature; runs no edit.
@@ -72,83 +121,77 @@ class Programs:
         Raises:
           SurgeryError: whatever `operation.perform` and `operation.examine` raise, with the leaf's own path.
         """
-        signature = (*self._signature(unit), _shapes_of(arrays), _shapes_of(fire.inputs))
-        if signature not in self._examined:
-            common = self._common(unit)
-            with _own_path(unit):
-                placed = _relabelled(arrays)
-                in_place = False
-                if follows(self.operation, common):
-                    in_place = examine(self.operation, common, placed.params, fire)
-                edited = jax.eval_shape(functools.partial(self._edit, common, in_place), placed, fire)
-                if not may_reshape:
-                    self._check_shapes(common, arrays, edited)
-            self._reshapes |= any(np.shape(a) != b.shape for a, b in zip(arrays.params, edited.params, strict=True))
-            self._examined[signature] = in_place
-            self._shapes[signature] = [leaf.shape for leaf in (*edited.params, *edited.slots)]
-        return self._examined[signature]
+        return self._examined(unit, arrays, fire, may_reshape).in_place
+
+    def _examined(self, unit: Unit, arrays: Arrays, fire: Fire, may_reshape: bool) -> Signature:
+        common = self._stand_in(unit)
+        key = (id(common), _shapes_of(arrays), _shapes_of(fire.inputs))
+        if key in self._signatures:
+            return self._signatures[key]
+        with _own_path(unit):
+            placed = _relabelled(arrays)
+            in_place = False
+            if follows(self.operation, common):
+                in_place = examine(self.operation, common, placed.params, fire)
+            edited = jax.eval_shape(functools.partial(self._edit, common, in_place), placed, fire)
+            if not may_reshape:
+                self._check_shapes(common, arrays, edited)
+        self._reshapes |= any(np.shape(a) != b.shape for a, b in zip(arrays.params, edited.params, strict=True))
+        shapes = tuple(leaf.shape for leaf in (*edited.params, *edited.slots))
+        self._signatures[key] = Signature(common, in_place, shapes)
+        return self._signatures[key]
 
     @property
     def reshapes(self) -> bool:
         """Whether any unit prepared so far changes the shape of a leaf."""
         return self._reshapes
 
-    def measure(self, unit: Unit, arrays: Arrays, fire: Fire, in_place: bool) -> Measured:
+    def measure(self, ready: Ready, fire: Fire) -> Measured:
         """The first pass: figures and seeds, nothing edited."""
-        with _own_path(unit):
-            return self._passes(unit, arrays, fire, in_place)[0](_relabelled(arrays), fire)
+        with _own_path(ready.unit):
+            return ready.passes.measure(ready.placed, fire)
 
-    def edit(
-        self, unit: Unit, arrays: Arrays, fire: Fire, in_place: bool, seeds: Sequence[jax.Array] | None, ok: Any
-    ) -> Arrays:
+    def edit(self, ready: Ready, fire: Fire, seeds: Sequence[jax.Array] | None, ok: Any) -> Arrays:
         """The second pass: the new values, or the old ones where `ok` is False; each placed as it was.
 
         Args:
-          unit: the leaves.
-          arrays: their values.
+          ready: the unit.
           fire: as in the first pass.
-          in_place: what `prepare` returned.
           seeds: from the first pass, or None to compute them here.
           ok: a boolean scalar, or None to apply the edit in any case.
         """
-        with _own_path(unit):
-            new = self._passes(unit, arrays, fire, in_place)[1](_relabelled(arrays), fire, seeds, ok)
-        return jax.tree.map(_as_before, arrays, new, is_leaf=lambda x: x is None)
+        with _own_path(ready.unit):
+            new = ready.passes.edit(ready.placed, fire, seeds, ok)
+        if ready.placed is ready.arrays:
+            return new
+        return jax.tree.map(_as_before, ready.arrays, new, is_leaf=lambda x: x is None)
 
-    def _signature(self, unit: Unit) -> tuple[Hashable, ...]:
-        return (self._common(unit), self.operation.static)
-
-    def _common(self, unit: Unit) -> Unit:
+    def _stand_in(self, unit: Unit) -> Unit:
         """The unit that stands for all of its signature; itself where the path matters to the surgery."""
-        rules = [self.operation.rules.rule(slot.kind) for slot in unit.slots]
-        if len(unit.paths) > 1 or self.operation.edit.takes("path") or any(map(callable, rules)):
-            return unit
-        if self.operation.edit.many:
-            return unit
-        slots = tuple(dataclasses.replace(slot, index=i, owner=0) for i, slot in enumerate(unit.slots))
-        return Unit((ANY_LEAF,), (0,), slots)
+        key = unit if self._by_path else unit.slots
+        common = self._common.get(key)
+        if common is None:
+            common = unit if self._by_path else _generic(unit)
+            common = self._common[key] = self._common.setdefault(common, common)
+        return common
 
-    def _passes(self, unit: Unit, arrays: Arrays, fire: Fire, in_place: bool) -> tuple[Any, Any]:
-        common = self._common(unit)
-        shapes = self._shapes[(*self._signature(unit), _shapes_of(arrays), _shapes_of(fire.inputs))]
-        placements = _out_shardings(arrays, shapes)
-        signature = (common, self.operation.static, in_place, placements)
-        if signature not in self.compiled:
-            first = jax.jit(functools.partial(self._measure, common, in_place))
-            count = len(arrays.params)
-            second = jax.jit(
-                functools.partial(self._guarded, common, in_place),
-                out_shardings=Arrays(placements[:count], placements[count:]),
-            )
-            self.compiled[signature] = first, second
-        return self.compiled[signature]
+    def _passes(self, signature: Signature, arrays: Arrays, placed: Arrays) -> Passes:
+        placements = _out_shardings(arrays, signature.shapes)
+        count = len(arrays.params)
+        first = jax.jit(functools.partial(self._measure, signature.common, signature.in_place))
+        second = jax.jit(
+            functools.partial(self._guarded, signature.common, signature.in_place),
+            out_shardings=Arrays(placements[:count], placements[count:]),
+        )
+        return Passes(first, second, placed, signature.in_place)
 
     def _edit(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any = None) -> Edited:
         return perform(self.operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds)
 
     def _measure(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire) -> Measured:
         edited = self._edit(unit, in_place, arrays, fire)
-        return Measured(edited.params_change, edited.slots_change, edited.seeds)
+        rows = [jnp.stack(jax.tree.leaves(change)) for change in (edited.params_change, edited.slots_change)]
+        return Measured(jnp.stack(rows), edited.seeds)
 
     def _guarded(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any, ok: Any) -> Arrays:
         edited = self._edit(unit, in_place, arrays, fire, seeds)
@@ -165,6 +208,11 @@ class Programs:
                     found=f"{list(np.shape(old))} -> {list(new.shape)}",
                     write="apply_fn= for the new shapes, and on_reshape= for what the trainer has to rebuild",
                 )
+
+
+def _generic(unit: Unit) -> Unit:
+    slots = tuple(dataclasses.replace(slot, index=i, owner=0) for i, slot in enumerate(unit.slots))
+    return Unit((ANY_LEAF,), (0,), slots)
 
 
 def choose(ok: Any, new: Arrays, old: Arrays) -> Arrays:
@@ -200,16 +248,19 @@ def judge(changes: Sequence[tuple[Change, Change]]) -> Verdict:
     return Verdict(is_fine(changes), FireFigures.of(changes).compute_flat())
 
 
-_judge_jitted = jax.jit(judge)
-
-
 def verdict(measured: Sequence[Measured]) -> Verdict:
     """`judge` of all units of a fire, on their device; read by the host if they live on different ones."""
-    changes = [(one.params_change, one.slots_change) for one in measured]
-    devices = {frozenset(leaf.devices()) for leaf in jax.tree.leaves(changes)}
-    if len(devices) > 1:
-        return jax.device_get(judge(jax.device_get(changes)))
-    return _judge_jitted(changes)
+    changes = [one.changes for one in measured]
+    if len({frozenset(change.devices()) for change in changes}) > 1:
+        return jax.device_get(_judge_rows(jax.device_get(changes)))
+    return _judge_rows_jitted(changes)
+
+
+def _judge_rows(changes: Sequence[jax.Array]) -> Verdict:
+    return judge([(Change(*rows[0]), Change(*rows[1])) for rows in changes])
+
+
+_judge_rows_jitted = jax.jit(_judge_rows)
 
 
 @contextlib.contextmanager
@@ -224,17 +275,27 @@ def _own_path(unit: Unit) -> Iterator[None]:
 
 def _shapes_of(tree: Any) -> Hashable:
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((np.shape(leaf), str(_dtype(leaf))) for leaf in leaves)
+    return treedef, tuple([_shape_of(leaf) for leaf in leaves])
 
 
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+def _shape_of(leaf: Any) -> Hashable:
+    if isinstance(leaf, jax.Array):
+        return leaf.shape, leaf.dtype
+    return np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 # Placement. Sort, gather and scatter raise on Explicit mesh axes, so edits run on the same devices under Auto ones.
 
 
+def _placement(leaf: Any) -> Hashable:
+    """What decides, beside the shapes, which program serves a leaf."""
+    return (leaf.sharding, leaf.committed) if isinstance(leaf, jax.Array) else None
+
+
 def _relabelled(arrays: Arrays) -> Arrays:
+    """The arrays under Auto axes; the same object if they are so already."""
+    if all(_auto(leaf) is None for leaf in (*arrays.params, *arrays.slots)):
+        return arrays
     return jax.tree.map(lambda leaf: jax.device_put(leaf, s) if (s := _auto(leaf)) is not None else leaf, arrays)
 
 
