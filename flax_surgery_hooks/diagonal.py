@@ -6,10 +6,11 @@ derivative, by a list of primitives that keep elements where they are; whatever 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,37 +42,53 @@ class _Value:
       thin: makes it, with axes of length 1 where it does not vary, or of no axes; of a tangent, its coefficient.
       shape: its shape once broadcast.
       source: of a tangent, the path of the leaf whose elements lie at the same places; None for a constant.
+      inverse: of a tangent, makes 1 / coefficient; anything where that is 0.
     """
 
     thin: Callable[[], Any]
     shape: tuple[int, ...]
     source: str | None = None
+    inverse: Callable[[], Any] = lambda: None
 
     def whole(self) -> Any:
         array = self.thin()
         return array if jnp.shape(array) == self.shape else jnp.broadcast_to(array, self.shape)
 
 
-def coefficients(push_at: Callable[[Tree, Tree], Tree], old: Tree) -> Tree | None:
+class Diagonal(NamedTuple):
+    """The derivative of an edit that moves no element.
+
+    Attributes:
+      coefficient: path -> coefficients, with axes of length 1 along which they do not vary: a scale has one for the
+        whole leaf.
+      inverse: 1 / coefficient, 0 where that is 0. It is followed through the edit by itself: a mask then has no
+        quotients, which XLA would store rather than take twice.
+    """
+
+    coefficient: Tree
+    inverse: Tree
+
+
+def coefficients(push_at: Callable[[Tree, Tree], Tree], old: Tree) -> Diagonal | None:
     """The diagonal of an edit's derivative, or None if the derivative may have entries beside it.
 
     Args:
       push_at: (old, v) -> J v at old.
       old: path -> old leaf.
-
-    Returns:
-      path -> coefficients, with axes of length 1 along which they do not vary: a scale has one for the whole leaf.
     """
     jaxpr, out = jax.make_jaxpr(push_at, return_shape=True)(old, old)
     if set(out) != set(old):
         return None
     paths = sorted(old)  # as JAX sorts them
     values = [_given(old[path]) for path in paths]
-    tangents = [_Value(functools.partial(_one, old[path]), old[path].shape, path) for path in paths]
+    ones = {path: functools.cache(functools.partial(_one, old[path])) for path in paths}
+    tangents = [_Value(ones[path], old[path].shape, path, ones[path]) for path in paths]
     results = dict(zip(paths, _evaluate(jaxpr.jaxpr, jaxpr.consts, [*values, *tangents]), strict=True))
     if any(value.source != path or value.shape != old[path].shape for path, value in results.items()):
         return None
-    return {path: results[path].thin() for path in old}
+    coefficient = {path: results[path].thin() for path in old}
+    inverse = {path: jnp.where(coefficient[path] == 0, 0, results[path].inverse()) for path in old}
+    return Diagonal(coefficient, inverse)
 
 
 def _one(leaf: jax.Array) -> jax.Array:
@@ -105,7 +122,9 @@ def _equation(jaxpr: Any, eqn: Any, operands: list[_Value]) -> list[_Value]:
         return _constant(jaxpr, eqn, operands, shapes)
     kept = all(operand.shape == shapes[0] for operand in operands if operand.source is not None)
     if len(sources) == 1 and kept and _stays(eqn.primitive.name, operands):
-        return [_Value(functools.cache(lambda: _bind(eqn, operands)), shapes[0], sources.pop())]
+        coefficient = functools.cache(lambda: _bind(eqn, operands))
+        inverse = functools.cache(lambda: _invert(eqn, operands, coefficient))
+        return [_Value(coefficient, shapes[0], sources.pop(), inverse)]
     return [_Value(lambda: None, shape, _MOVED) for shape in shapes]
 
 
@@ -121,6 +140,20 @@ def _stays(name: str, operands: Sequence[_Value]) -> bool:
     if name == "select_n":
         return not marked[0]
     return name in _ALONE or (name in _SUMS and all(marked))
+
+
+def _invert(eqn: Any, operands: Sequence[_Value], coefficient: Callable[[], Any]) -> Any:
+    """1 / coefficient after a primitive, from what it was before; anything where the coefficient is 0."""
+    inverted = [o if o.source is None else dataclasses.replace(o, thin=o.inverse) for o in operands]
+    name = eqn.primitive.name
+    if name in ("mul", "div"):
+        tangent, factor = sorted(inverted, key=lambda operand: operand.source is None)
+        rank = len(tangent.shape)
+        above, below = _aligned(tangent.thin(), rank), _aligned(factor.thin(), rank)
+        return above * below if name == "div" else above / jnp.where(below == 0, 1, below)
+    if name in _SUMS:
+        return 1 / jnp.where(coefficient() == 0, 1, coefficient())
+    return _bind(eqn, inverted)
 
 
 def _constant(jaxpr: Any, eqn: Any, operands: Sequence[_Value], shapes: Sequence[tuple[int, ...]]) -> list[_Value]:

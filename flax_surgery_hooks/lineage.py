@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from flax_surgery_hooks.diagonal import Diagonal, coefficients, run_equation
 from flax_surgery_hooks.diagonal import Tree as Tree
-from flax_surgery_hooks.diagonal import coefficients, run_equation
 from flax_surgery_hooks.errors import DifferentiationError, shorten
 
 
@@ -60,7 +60,7 @@ class Lineage:
       push: v -> J v.
       coefficient: J 1, per new element.
       chunk_bits: how many bits of a number survive a push exactly.
-      diagonal: where no element moves, J's diagonal as `diagonal.coefficients` gives it; else None.
+      diagonal: where no element moves, J's diagonal; else None.
     """
 
     old: Tree
@@ -68,7 +68,7 @@ class Lineage:
     push: Callable[[Tree], Tree]
     coefficient: Tree
     chunk_bits: int
-    diagonal: Tree | None = None
+    diagonal: Diagonal | None = None
 
     def gather(self, slots: Tree) -> Tree:
         """The bits of each new element's source, 0 where it has none.
@@ -79,9 +79,8 @@ class Lineage:
           slots: path -> slot, shaped like the old leaf of that path, of any dtype.
         """
         if self.diagonal is not None:
-            return {
-                path: jnp.where(self.diagonal[path] == 0, 0, slot).astype(slot.dtype) for path, slot in slots.items()
-            }
+            fresh = {path: self.diagonal.coefficient[path] == 0 for path in slots}
+            return {path: jnp.where(fresh[path], 0, slot).astype(slot.dtype) for path, slot in slots.items()}
         names = list(slots)
         bits = {path: _to_bits(slots[path]) for path in names}
         width = max(bits[path].dtype.itemsize * 8 for path in names)
@@ -125,12 +124,15 @@ def linearize(edit: TracedEdit, name: str = "the edit") -> Lineage:
         return _diagonal_lineage(edit.old, new, diagonal, bits)
 
 
-def _diagonal_lineage(old: Tree, new: Tree, diagonal: Tree, bits: int) -> Lineage:
-    def push(tangents: Tree) -> Tree:
-        return {path: diagonal[path] * tangents[path] for path in diagonal}
+def _diagonal_lineage(old: Tree, new: Tree, diagonal: Diagonal, bits: int) -> Lineage:
+    thin = diagonal.coefficient
 
-    whole = {path: jnp.broadcast_to(diagonal[path], leaf.shape) for path, leaf in old.items()}
-    return Lineage(old, new, push, whole, bits, diagonal)
+    def push(tangents: Tree) -> Tree:
+        return {path: thin[path] * tangents[path] for path in thin}
+
+    return Lineage(
+        old, new, push, {p: jnp.broadcast_to(thin[p], leaf.shape) for p, leaf in old.items()}, bits, diagonal
+    )
 
 
 def not_differentiable(name: str, error: Exception) -> DifferentiationError:
@@ -186,7 +188,7 @@ def gradient_share(lineage: Lineage, name: str) -> Tree:
     against the leaf.
     """
     if lineage.diagonal is not None:  # no copies: D is J^2
-        return {path: safe_divide(jnp.ones_like(c), c) for path, c in lineage.diagonal.items()}
+        return lineage.diagonal.inverse
     squares = transpose(lineage, name)(lineage.coefficient)
     inverse = {path: safe_divide(jnp.ones_like(square), square) for path, square in squares.items()}
     return lineage.push(inverse)

@@ -1,4 +1,4 @@
-"""The two compiled passes over leaves of one signature, and what can be seen of them: the cache of a hook's programs."""
+"""The two compiled passes over leaves of one signature, and what can be seen of them."""
 
 from __future__ import annotations
 

@@ -195,19 +195,22 @@ def mean_if_any_fresh(
 ) -> jax.Array:
     """`mean_of_survivors`, without a pass over the slot where it is cheap to see that every element has history.
 
-    Cheap is a coefficient that is the same all along an axis. The branch moves the slot again rather than take `moved`,
-    which XLA would have to store for it.
+    Cheap is a coefficient that is the same all along an axis. Elements that stay in place are moved once more for the
+    mean rather than taken from `moved`, which XLA would have to store for it.
     """
-    diagonal = how.lineage.diagonal[path] if how.lineage.diagonal is not None and how.fold is None else None
-    if diagonal is None or how.in_place or diagonal.size * 8 > old.size:
+    diagonal = how.lineage.diagonal if how.fold is None and not how.in_place else None
+    if diagonal is None:
         return mean_of_survivors(moved, fresh, old, init)
+    lost = diagonal.coefficient[path] == 0
 
     def mean() -> jax.Array:
-        again = move(how, rule, kind, {path: old})[path]
-        return mean_of_survivors(again, jnp.broadcast_to(diagonal == 0, old.shape), old, init)
+        again = move(how, rule, kind, {path: jax.lax.optimization_barrier(old)})[path]
+        return mean_of_survivors(again, jnp.broadcast_to(lost, old.shape), old, init)
 
+    if lost.size * 8 > old.size:
+        return mean()
     shape = jax.eval_shape(mean)
-    return jax.lax.cond(jnp.any(diagonal == 0), mean, lambda: jnp.full(shape.shape, init, shape.dtype))
+    return jax.lax.cond(jnp.any(lost), mean, lambda: jnp.full(shape.shape, init, shape.dtype))
 
 
 def uses_seed(kind: str) -> bool:
