@@ -10,7 +10,7 @@ import datetime
 import os
 import pathlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from paired import Ratio, ratio, seconds
 from tqdm import tqdm
 
 import flax_surgery_hooks as fsh
+from flax_surgery_hooks.passes import Passes
 
 HERE = pathlib.Path(__file__).parent
 CALLS = 20_000
@@ -113,12 +114,83 @@ def first_fire(count: int) -> float:
     return by_signature / seconds(lambda: one(state).params)
 
 
+def direct(hooks: fsh.SurgeryHooks, state: Any) -> Callable[[], Any]:
+    """The passes of a hook's one fire on this state, called with the same arguments and nothing around them."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    held = Passes.measure, Passes.edit
+
+    def measure(passes: Passes, *args: Any) -> Any:
+        calls.append((passes.first, args))
+        return held[0](passes, *args)
+
+    def edit(passes: Passes, *args: Any) -> Any:
+        calls.append((passes.second, args))
+        return held[1](passes, *args)
+
+    Passes.measure, Passes.edit = measure, edit  # type: ignore[method-assign]  # for the one fire that is recorded
+    try:
+        hooks.fire("norm", state, step=1)
+    finally:
+        Passes.measure, Passes.edit = held  # type: ignore[method-assign]
+    return lambda: [program(*args) for program, args in calls]
+
+
+def later_fires(count: int, pairs: int) -> Ratio:
+    """A fire over so many small leaves whose programs are compiled, against its passes alone."""
+    state = many_leaves(count)
+    hooks = fsh.SurgeryHooks()
+    hooks.add("norm", fsh.surgeries.Normalize(), params="**", when=fsh.at(1))
+    hooks.fire("norm", state, step=1)
+
+    def fired() -> Any:
+        new = hooks.fire("norm", state, step=1)
+        hooks._settler._waiting.clear()
+        return new.params, new.opt_state
+
+    return ratio(fired, direct(hooks, state), pairs)
+
+
+ELEMENTWISE = {
+    "scale": fsh.surgeries.Scale(1.0001),
+    "prune": lambda w: jnp.where(jnp.abs(w) < 0.1, 0.0, w),
+    "clip": lambda w: jnp.clip(w, -0.3, 0.3),
+}
+
+
+def temporaries(name: str, side: int) -> str:
+    """What both passes of a fire allocate beside their arrays, over the bytes they read and write."""
+    hooks = fsh.SurgeryHooks()
+    hooks.add("edit", ELEMENTWISE[name], params="w", when=fsh.at(1), opt_state="transport")
+    hooks.fire("edit", big_state(side), step=1)
+    (program,) = hooks.programs("edit")
+    passes = [memory for memory in (program.measure, program.edit) if memory is not None]
+    return f"{max(memory.temporaries / memory.touched for memory in passes):.4f}" if passes else "not reported"
+
+
+def periodic_actions(count: int, pairs: int) -> Ratio | None:
+    """Idle calls of so many of CLU's periodic actions, against an empty callable; None where they do not import."""
+    try:
+        from clu import (
+            periodic_actions as clu_actions,
+        )  # imports TensorFlow and tensorboard, which clu does not install
+    except ImportError:
+        return None
+    actions = [clu_actions.PeriodicCallback(every_steps=10**9, callback_fn=print) for _ in range(count)]
+
+    def all_of(step: int, state: Any) -> None:
+        for action in actions:
+            action(step)
+
+    return ratio(calls(all_of, None), calls(Nothing(), None), pairs)
+
+
 def rows(fast: bool) -> list[tuple[str, str, str]]:
-    """Name, figure and bound of every measurement."""
-    pairs, side = (5, 1024) if fast else (21, 4096)
+    """Name, figure and bound of every measurement; those that cannot be made here are left out."""
+    pairs, side = (3, 1024) if fast else (21, 4096)
     jobs: list[tuple[str, Callable[[], Any], str]] = [("an empty callable against itself", lambda: twin(pairs), "1")]
     for count in (1, 10, 100, 1_000):
         jobs.append((f"idle call, {count:,} hooks / empty callable", lambda count=count: idle(count, pairs), "1.2"))
+    jobs.append(("ten of CLU's periodic actions / empty callable", lambda: periodic_actions(10, pairs), "-"))
     size = f"3 x {side * side * 4 / 2**20:.0f} MiB"
     for figures, guard, bound in ((False, "off", "1.2"), (True, "finite", "3")):
         what = "with figures and guard" if figures else "without"
@@ -129,15 +201,19 @@ def rows(fast: bool) -> list[tuple[str, str, str]]:
                 bound,
             )
         )
-    leaves = 40 if fast else 200
+    for name in ELEMENTWISE:
+        jobs.append((f"temporaries of {name} / bytes touched", lambda name=name: temporaries(name, side), "0.02"))
+    leaves = 10 if fast else 200
     jobs.append((f"first fire, {leaves} leaves / one program for all", lambda: f"{first_fire(leaves):.2f}", "0.33"))
-    return [(name, str(job()), bound) for name, job, bound in tqdm(jobs)]
+    jobs.append((f"later fires, {leaves} leaves / their passes alone", lambda: later_fires(leaves, pairs), "1.5"))
+    table = [(name, job(), bound) for name, job, bound in tqdm(jobs)]
+    return [(name, str(figure), bound) for name, figure, bound in table if figure is not None]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fast", action="store_true", help="small arrays, few pairs; prints and writes nothing")
-    fast = parser.parse_args().fast
+    fast = parser.parse_args(arguments).fast
     table = rows(fast)
     lines = ["| what | ratio: median (quartiles) | wanted at most |", "|---|---|---|"]
     lines += [f"| {name} | {figure} | {bound} |" for name, figure, bound in table]

@@ -74,8 +74,9 @@ def prepare(
     operation, parts = programs.operation, take_apart(state)
     reshape.check(state)
     plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
+    at = jnp.int32(step)
     for unit, one in zip(plan, arrays, strict=True):
-        programs.prepare(unit, one, fire_for(unit, key, jnp.int32(step), inputs), may_reshape=reshape.declared)
+        programs.prepare(unit, one, fire_for(unit, key, at, inputs), may_reshape=reshape.declared)
 
 
 def fire(
@@ -96,7 +97,8 @@ def fire(
     operation, parts = programs.operation, take_apart(state)
     remembered = memory.held(state, name, operation)
     plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
-    fires = [fire_for(unit, key, jnp.int32(step), inputs) for unit in plan]
+    at = jnp.int32(step)
+    fires = [fire_for(unit, key, at, inputs) for unit in plan]
     outcome = run(programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit)
     held = state.params
     if outcome.applied:

@@ -42,7 +42,7 @@ def move_slots(
                 assert how is not None
                 fresh = how.fresh(path, str(rule), tuple(_held(unit, values, slot.group, slot.kind)))
                 before = value if origin is not None else jnp.asarray(NOTHING)
-                seed = seeds[i] if seeds is not None else _seed(operation, slot, gathered[i], fresh, before)
+                seed = seeds[i] if seeds is not None else _seed(operation, slot, gathered[i], fresh, before, how, path)
                 result = transport.fill_fresh(gathered[i], fresh, slot.kind, seed)
             elif callable(rule):
                 hashed = fire.hashes[unit.paths.index(path)] if path in old else path_hash(path)
@@ -109,11 +109,20 @@ def _check_layout(slot: Slot, value: jax.Array, old: jax.Array, path: str) -> No
         )
 
 
-def _seed(operation: Operation, slot: Slot, moved: jax.Array, fresh: jax.Array, old: jax.Array) -> jax.Array:
+def _seed(
+    operation: Operation,
+    slot: Slot,
+    moved: jax.Array,
+    fresh: jax.Array,
+    old: jax.Array,
+    how: transport.Follow,
+    path: str,
+) -> jax.Array:
     init = 0.0 if slot.init is None else slot.init
     if not transport.uses_seed(slot.kind) or operation.fresh == "init":
         return jnp.asarray(init, jnp.float32)
-    return transport.mean_of_survivors(moved, fresh, old, init)
+    rule = str(operation.rules.rule(slot.kind))
+    return transport.mean_if_any_fresh(how, rule, slot.kind, path, moved, fresh, old, init)
 
 
 def _reset(slot: Slot, value: jax.Array, new: jax.Array) -> jax.Array:

@@ -14,17 +14,19 @@ from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.operate import bind_inputs, make_operation
 from flax_surgery_hooks.operation import Operation
+from flax_surgery_hooks.passes import Program
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, check_name, find, in_order
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.selection import Patterns
-from flax_surgery_hooks.settling import NEVER, Fired, Settler, read
+from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
 from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
 from flax_surgery_hooks.structure import Reshape
 from flax_surgery_hooks.train_state import written
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_ONE = 1
 
 
 class SurgeryHooks:
@@ -54,7 +56,7 @@ class SurgeryHooks:
     [0.5, 0.5]
     """
 
-    # An idle call is a type check and two comparisons of integers; slots make reading these a quarter cheaper.
+    # An idle call is a subtraction and a comparison of integers; slots make reading these a quarter cheaper.
     __slots__ = (
         "_counts", "_hooks", "_last", "_programs", "_registered", "_settler", "_started", "_unchecked", "_wake",
         "ledger", "seed", "strict_steps",
@@ -224,9 +226,14 @@ class SurgeryHooks:
         Raises:
           SurgeryError: see `flax_surgery_hooks.errors`. The given state is never half-edited.
         """
-        if type(step) is int and self._last < step < self._wake and state is not None:
-            self._last = step
-            return state
+        # `is`: only a Python int minus another is the one small int 1 itself, so that this one test says that the step
+        # is such an int (or of a subclass) and the next one. `True` is too, after step 0: `_rewake` sees to that.
+        try:
+            if step - self._last is _ONE and step < self._wake and state is not None:
+                self._last = step
+                return state
+        except Exception:
+            pass  # whatever cannot be subtracted is no step: `_attend` says so
         return self._attend(step, state, inputs)
 
     def fire(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Any:
@@ -293,13 +300,37 @@ class SurgeryHooks:
         """
         return written(memory.observe(state, self._named(), self.seed, inputs))
 
+    def programs(self, name: str) -> list[Program]:
+        """What a hook has compiled: one entry per shape, dtype and placement of leaves, see `passes.Program`.
+
+        Args:
+          name: the hook.
+
+        Raises:
+          HookError: there is no such hook.
+
+        >>> import jax.numpy as jnp, optax, flax_surgery_hooks as fsh
+        >>> hooks = fsh.SurgeryHooks()
+        >>> hooks.add("halve", lambda w: w / 2, params="**", when=fsh.at(1), figures=False, guard="off")
+        >>> params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(3)}
+        >>> _ = hooks(1, fsh.TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1)).replace(step=1))
+        >>> [(program.leaves[0][0], program.served) for program in hooks.programs("halve")]
+        [((2,), 2), ((3,), 1)]
+        """
+        find(self._hooks, name)
+        by_static = self._programs[name].values()
+        return [passes.describe() for programs in by_static for passes in programs.compiled.values()]
+
     def flush(self) -> None:
         """Reads the figures of all fires now, which waits for the device, and flushes the writer."""
         self._settler.flush()
         self._rewake()
 
     def _attend(self, step: Any, state: Any, inputs: dict[str, Any]) -> Any:
-        """A call on which something has to be done: a check, a fire, figures to be read."""
+        """A call that is not the idle one of the next step: something has to be done, or steps are left out."""
+        if type(step) is int and self._last < step < self._wake and state is not None:
+            self._last = step
+            return state
         if state is None:
             raise StateError(
                 "Hooks edit the state, so they need it and return it.",
@@ -417,12 +448,16 @@ class SurgeryHooks:
         return passed
 
     def _rewake(self) -> None:
-        """The next step at which a call has anything to do; unchecked hooks and the first call cannot wait."""
-        if not self._started or self._unchecked:
+        """The next step at which a call has anything to do; unchecked hooks and the first call cannot wait.
+
+        Nor can step 1, from which a call could not tell `True`.
+        """
+        if not self._started or self._unchecked or self._last < 1:
             self._wake = -1
             return
         due = (hook.when.next_step(self._last) for hook in self._hooks.values())
-        self._wake = min([NEVER, self._settler.wake, *(step for step in due if step is not None)])
+        far = FAR if self._last < FAR else NEVER
+        self._wake = min([far, self._settler.wake, *(step for step in due if step is not None)])
 
     def _named(self) -> list[tuple[str, Operation]]:
         return [(hook.name, hook.operation) for hook in self._ordered()]

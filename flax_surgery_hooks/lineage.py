@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from flax_surgery_hooks.diagonal import Diagonal, coefficients, run_equation
+from flax_surgery_hooks.diagonal import Tree as Tree
 from flax_surgery_hooks.errors import DifferentiationError, shorten
-
-Tree = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TracedEdit:
         JAX splits it in halves there. After a clip every clipped weight is such a tie, and the factors of its slots
         would double at each further fire.
         """
-        values = [old[path] for path in self.old]
+        values = [old[path] for path in sorted(self.old)]  # JAX sorts the keys of a dict
         out = _evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, values, [True] * len(values))
         return dict(zip(self.out_paths, (value for value, _ in out), strict=True))
 
@@ -60,6 +60,7 @@ class Lineage:
       push: v -> J v.
       coefficient: J 1, per new element.
       chunk_bits: how many bits of a number survive a push exactly.
+      diagonal: where no element moves, J's diagonal; else None.
     """
 
     old: Tree
@@ -67,6 +68,7 @@ class Lineage:
     push: Callable[[Tree], Tree]
     coefficient: Tree
     chunk_bits: int
+    diagonal: Diagonal | None = None
 
     def gather(self, slots: Tree, paths: Sequence[str]) -> Tree:
         """The bits of each new element's source, 0 where it has none.
@@ -77,6 +79,9 @@ class Lineage:
           slots: path -> slot, shaped like the old leaf of that path; all of one dtype, whichever.
           paths: the new leaves that get such a slot.
         """
+        if self.diagonal is not None and all(path in slots for path in paths):
+            fresh = {path: self.diagonal.coefficient[path] == 0 for path in paths}
+            return {path: jnp.where(fresh[path], 0, slots[path]).astype(slots[path].dtype) for path in paths}
         dtype = next((slot.dtype for slot in slots.values()), jnp.dtype(jnp.float32))
         bits = {path: _to_bits(slot) for path, slot in slots.items()}
         unsigned = next((each.dtype for each in bits.values()), jnp.dtype(jnp.uint32))
@@ -106,11 +111,26 @@ def linearize(edit: TracedEdit, name: str = "the edit") -> Lineage:
     with jax.default_matmul_precision("highest"):
         # Values apart from the derivative: sharing a quotient with it, XLA rounds `leaf / norm` otherwise than alone.
         new = edit(edit.old)
+        held, bits = lax.optimization_barrier(edit.old), chunk_bits(edit.jaxpr.jaxpr)
         try:
-            _, push = jax.linearize(edit, lax.optimization_barrier(edit.old))
+            _, push = jax.linearize(edit, held)
         except Exception as error:  # the edit itself was traced before: only its derivative can fail here
             raise not_differentiable(name, error) from error
-        return Lineage(edit.old, new, push, push(ones_like(edit.old)), chunk_bits(edit.jaxpr.jaxpr))
+        diagonal = coefficients(lambda old, v: jax.linearize(edit, old)[1](v), held)
+        if diagonal is None:
+            return Lineage(edit.old, new, push, push(ones_like(edit.old)), bits)
+        return _diagonal_lineage(edit.old, new, diagonal, bits)
+
+
+def _diagonal_lineage(old: Tree, new: Tree, diagonal: Diagonal, bits: int) -> Lineage:
+    thin = diagonal.coefficient
+
+    def push(tangents: Tree) -> Tree:
+        return {path: thin[path] * tangents[path] for path in thin}
+
+    return Lineage(
+        old, new, push, {p: jnp.broadcast_to(thin[p], leaf.shape) for p, leaf in old.items()}, bits, diagonal
+    )
 
 
 def not_differentiable(name: str, error: Exception) -> DifferentiationError:
@@ -162,8 +182,11 @@ def transpose(lineage: Lineage, name: str) -> Callable[[Tree], Tree]:
 def gradient_share(lineage: Lineage, name: str) -> Tree:
     """b: the factor by which the gradient of a new element is its source's, if the model computes the same as before.
 
-    Per old element, D sums the squared coefficients of its copies; `b = J / D`, 0 for fresh elements.
+    Per old element, D sums the squared coefficients of its copies; `b = J / D`, 0 for fresh elements. It broadcasts
+    against the leaf.
     """
+    if lineage.diagonal is not None:  # no copies: D is J^2
+        return lineage.diagonal.inverse
     squares = transpose(lineage, name)(lineage.coefficient)
     inverse = {path: safe_divide(jnp.ones_like(square), square) for path, square in squares.items()}
     return lineage.push(inverse)
@@ -242,18 +265,7 @@ def _evaluate_equation(jaxpr: Any, eqn: Any, operands: list[Value]) -> list[Valu
         inner = eqn.params["jaxpr"]
         return _evaluate(inner.jaxpr, inner.consts, values, depends)
     marked = any(depends) and name != "stop_gradient"
-    return [(value, marked) for value in _run_equation(jaxpr, eqn, values)]
-
-
-def _run_equation(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
-    """Evaluates one equation as a jaxpr of its own, the public way to do so."""
-    inputs = [core.Var(atom.aval) if isinstance(atom, core.Literal) else atom for atom in eqn.invars]
-    unique = list(dict.fromkeys(inputs))
-    alone = jaxpr.replace(
-        constvars=(), invars=unique, outvars=eqn.outvars, eqns=[eqn.replace(invars=inputs)], effects=eqn.effects
-    )
-    by_input = dict(zip(inputs, values, strict=True))
-    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*(by_input[atom] for atom in unique))
+    return [(value, marked) for value in run_equation(jaxpr, eqn, values)]
 
 
 def _one_sided(name: str, operands: list[Any], edited: int) -> jax.Array:

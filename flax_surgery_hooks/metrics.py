@@ -1,7 +1,7 @@
 """Figures of a fire as CLU metrics: how much changed, in parameters and in optimizer slots."""
 
 # No `from __future__ import annotations`: `clu.metrics.Collection` reads its annotations as types.
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Self
 
 import flax.struct
@@ -75,9 +75,8 @@ class FireFigures(clu_metrics.Collection):
     slots: Change
 
     @classmethod
-    def of(cls, changes: Sequence[tuple[Change, Change]]) -> Self:
-        """The figures of a fire from the changes of leaves and slots of each of its units."""
-        params, slots = combine(one for one, _ in changes), combine(one for _, one in changes)
+    def of(cls, params: Change, slots: Change) -> Self:
+        """The figures of a fire from the changes of all its leaves and of all their slots."""
         return cls.empty().replace(params=params, slots=slots)
 
     def compute_flat(self) -> dict[str, Any]:
@@ -132,11 +131,9 @@ COLUMNS = ("elements", "norm_before", "norm_after", "relative_change", "changed"
 """What `table_of` tells of each leaf."""
 
 
-def table_of(changes: Sequence[Change]) -> jax.Array:
-    """The figures of each leaf, float32 [leaves, len(COLUMNS)]."""
-    if not changes:
-        return jnp.zeros((0, len(COLUMNS)), jnp.float32)
-    figures = jax.tree.map(lambda *values: jnp.stack(values), *changes).compute()
+def table_of(leaves: Change) -> jax.Array:
+    """The figures of each leaf, float32 [leaves, len(COLUMNS)], of a `Change` whose fields are arrays [leaves]."""
+    figures = leaves.compute()
     return jnp.stack([figures[name] for name in COLUMNS], 1)
 
 

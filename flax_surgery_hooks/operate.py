@@ -21,11 +21,12 @@ from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
 from flax_surgery_hooks.planning import arrays_of, plan_units
-from flax_surgery_hooks.programs import Arrays, Measured, Programs, changes_of, choose, judge, verdict
+from flax_surgery_hooks.programs import Arrays, Measured, Programs, choose
 from flax_surgery_hooks.repath import opt_state_for, repathed
 from flax_surgery_hooks.selection import Patterns, select
 from flax_surgery_hooks.surgery import RESERVED, Edit, as_edit, describe
 from flax_surgery_hooks.train_state import Parts, put_back, take_apart
+from flax_surgery_hooks.verdicts import judge, rows_of, verdict
 
 
 def operate(
@@ -225,8 +226,8 @@ def run(
       may_reshape: whether leaves may change shape.
       commit: False measures only.
     """
-    in_place = [
-        programs.prepare(unit, one, fire, may_reshape=may_reshape)
+    ready = [
+        programs.ready(unit, one, fire, may_reshape=may_reshape)
         for unit, one, fire in zip(plan, arrays, fires, strict=True)
     ]
     operation = programs.operation
@@ -235,18 +236,18 @@ def run(
     figures: dict[str, Any] = {}
     leaves = None
     if operation.figures or operation.guard != "off":
-        measured = [programs.measure(*each) for each in zip(plan, arrays, fires, in_place, strict=True)]
-        ok, figures, leaves = verdict(measured)
+        measured = [programs.measure(*each) for each in zip(ready, fires, strict=True)]
+        ok, figures, leaves = verdict([one.changes for one in measured])
         ok = ok if operation.guard != "off" else None
     chosen = ok
     if ok is not None and programs.reshapes and commit:
         commit, chosen = bool(ok), None  # old and new values have no common shape to choose between: wait for it
     if not commit:
-        new = [programs.shapes_after(*each) for each in zip(plan, arrays, fires, strict=True)]
+        new = [one.passes.after for one in ready]
     else:
         seeds = [one.seeds for one in measured] if measured else [None] * len(plan)
-        new = [programs.edit(*each, chosen) for each in zip(plan, arrays, fires, in_place, seeds, strict=True)]
-    return Outcome(new, figures, leaves, ok, tuple(in_place), applied=commit)
+        new = [programs.edit(*each, chosen) for each in zip(ready, fires, seeds, strict=True)]
+    return Outcome(new, figures, leaves, ok, tuple(one.passes.in_place for one in ready), applied=commit)
 
 
 def _run_traced(
@@ -260,9 +261,8 @@ def _run_traced(
         perform(operation, unit, one.params, one.slots, fire, in_place=stays)
         for unit, one, fire, stays in zip(plan, arrays, fires, in_place, strict=True)
     ]
-    changes = [changes_of(each) for each in edited]
     new = [Arrays(each.params, each.slots, each.memory) for each in edited]
-    ok, figures, leaves = judge(changes)
+    ok, figures, leaves = judge([rows_of(each) for each in edited])
     if operation.guard == "off" or any(unit.other is not None for unit in plan):
         ok = None  # old and new leaves at other paths have nothing to choose between
     else:

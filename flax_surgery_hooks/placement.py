@@ -4,13 +4,27 @@ ones; every leaf comes back under its own sharding, and never committed if it wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from flax_surgery_hooks.errors import StructureError
+
+
+def placement(leaf: Any) -> Hashable:
+    """What decides which compiled program serves a leaf: shape, dtype, and where it lies."""
+    if isinstance(leaf, jax.Array):
+        return leaf.shape, leaf.dtype, leaf.sharding, leaf.committed
+    return np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def is_auto(leaf: Any) -> bool:
+    """Whether a leaf needs no relabelling."""
+    return _auto(leaf) is None
 
 
 def relabelled(tree: Any) -> Any:

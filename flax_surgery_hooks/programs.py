@@ -1,8 +1,7 @@
 """Compiled programs of a surgery on the host: one per leaf signature, with every leaf's own placement.
 
-Leaves of one shape, dtype and placement share a program, so that a surgery of 200 equal leaves compiles once. A fire
-is two
-passes: the first measures and decides, the second edits, so that the guard never keeps a second copy of the state.
+Leaves of one shape, dtype and placement share a program, so that a surgery of 200 equal leaves compiles once. A fire is
+two passes: the first measures and decides, the second edits, so that the guard never keeps a second copy of the state.
 """
 
 from __future__ import annotations
@@ -19,34 +18,35 @@ import numpy as np
 
 from flax_surgery_hooks.calling import check_memory
 from flax_surgery_hooks.errors import StructureError, SurgeryError
-from flax_surgery_hooks.metrics import Change, FireFigures, combine, table_of
 from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
+from flax_surgery_hooks.passes import Passes
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.perform import Edited, examine, perform
-from flax_surgery_hooks.placement import as_before, auto_axes, beside, like_neighbours, out_sharding, relabelled
+from flax_surgery_hooks.placement import (
+    as_before,
+    auto_axes,
+    beside,
+    is_auto,
+    like_neighbours,
+    out_sharding,
+    placement,
+    relabelled,
+)
+from flax_surgery_hooks.verdicts import rows_of
 
 ANY_LEAF = "<leaf>"
 """Stands for the path of a leaf in programs that serve many."""
 
 
-class Changes(NamedTuple):
-    """The figures of a unit.
+class Measured(NamedTuple):
+    """The first pass over a unit.
 
     Attributes:
-      params: of each leaf after the edit, then of each that it removed.
-      slots: of all their slots.
-      memory: of what the surgery remembers.
+      changes: `verdicts.rows_of` the unit.
+      seeds: see `Edited.seeds`.
     """
 
-    params: tuple[Change, ...]
-    slots: Change
-    memory: Change
-
-
-class Measured(NamedTuple):
-    """The first pass over a unit."""
-
-    changes: Changes
+    changes: jax.Array
     seeds: tuple[jax.Array, ...]
 
 
@@ -58,20 +58,65 @@ class Arrays(NamedTuple):
     memory: Any = ()
 
 
+class Signature(NamedTuple):
+    """What is known of all units of one signature.
+
+    Attributes:
+      common: the unit that stands for them.
+      in_place: whether slots stay in place because the edit mixes.
+      after: the shapes of what the edit makes of them.
+    """
+
+    common: Unit
+    in_place: bool
+    after: Arrays
+
+
+class Ready(NamedTuple):
+    """A unit that can be edited: looked up once per fire, so that many small leaves cost little but their programs.
+
+    Attributes:
+      unit: the leaves.
+      arrays: their values.
+      placed: these under Auto axes.
+      passes: their programs.
+    """
+
+    unit: Unit
+    arrays: Arrays
+    placed: Arrays
+    passes: Passes
+
+
 class Programs:
     """The compiled programs of one operation.
 
     Attributes:
       operation: the surgery and its rules.
-      compiled: signature -> the two jitted passes; each holds one executable per shape, dtype and placement.
+      compiled: signature, shapes and placement -> the two passes.
     """
 
     def __init__(self, operation: Operation):
         self.operation = operation
-        self.compiled: dict[Hashable, tuple[Any, Any]] = {}
-        self._examined: dict[Hashable, bool] = {}
-        self._shapes: dict[Hashable, Arrays] = {}
+        self.compiled: dict[Hashable, Passes] = {}
+        self._signatures: dict[Hashable, Signature] = {}
+        self._common: dict[Hashable, Unit] = {}  # holds them, so that keys may use their `id`: hashing slots is slow
         self._reshapes = False
+        rules = [operation.rules.default, *(rule for _, rule in operation.rules.by_kind)]
+        self._by_path = operation.edit.many or operation.edit.takes("path") or any(map(callable, rules))
+
+    def ready(self, unit: Unit, arrays: Arrays, fire: Fire, *, may_reshape: bool) -> Ready:
+        """`prepare`, with the programs for these values; nothing is compiled yet."""
+        common = self._stand_in(unit)
+        leaves, treedef = jax.tree.flatten(arrays)
+        key = (id(common), treedef, tuple([placement(leaf) for leaf in leaves]), shapes_of(fire.inputs))
+        placed = arrays if all(map(is_auto, leaves)) else relabelled(arrays)
+        passes = self.compiled.get(key)
+        if passes is None:
+            with _own_path(unit):
+                signature = self._examined(unit, arrays, fire, may_reshape)
+                passes = self.compiled[key] = self._passes(signature, unit, arrays, placed)
+        return Ready(unit, arrays, placed, passes)
 
     def prepare(self, unit: Unit, arrays: Arrays, fire: Fire, *, may_reshape: bool) -> bool:
         """Finds everything that can be wrong with editing a unit, once per signature; runs no edit.
@@ -88,78 +133,63 @@ class Programs:
         Raises:
           SurgeryError: whatever `operation.perform` and `operation.examine` raise, with the leaf's own path.
         """
-        signature = (*self._signature(unit), shapes_of(arrays), shapes_of(fire.inputs))
-        if signature not in self._examined:
-            common = self._common(unit)
-            with _own_path(unit):
-                placed = relabelled(arrays)
-                in_place = False
-                if follows(self.operation, common):
-                    in_place = examine(self.operation, common, placed.params, fire._replace(memory=placed.memory))
-                edited = jax.eval_shape(functools.partial(self._edit, common, in_place), placed, fire)
-                reshapes = self._check_shapes(common, arrays, edited, may_reshape)
-            self._reshapes |= reshapes
-            self._examined[signature] = in_place
-            self._shapes[signature] = Arrays(edited.params, edited.slots, edited.memory)
-        return self._examined[signature]
+        return self._examined(unit, arrays, fire, may_reshape).in_place
+
+    def _examined(self, unit: Unit, arrays: Arrays, fire: Fire, may_reshape: bool) -> Signature:
+        common = self._stand_in(unit)
+        key = (id(common), shapes_of(arrays), shapes_of(fire.inputs))
+        if key in self._signatures:
+            return self._signatures[key]
+        with _own_path(unit):
+            placed = relabelled(arrays)
+            in_place = False
+            if follows(self.operation, common):
+                in_place = examine(self.operation, common, placed.params, fire._replace(memory=placed.memory))
+            edited = jax.eval_shape(functools.partial(self._edit, common, in_place), placed, fire)
+            self._reshapes |= self._check_shapes(common, arrays, edited, may_reshape)
+        after = Arrays(edited.params, edited.slots, edited.memory)
+        self._signatures[key] = Signature(common, in_place, after)
+        return self._signatures[key]
 
     @property
     def reshapes(self) -> bool:
         """Whether any unit prepared so far changes the shape or the path of a leaf."""
         return self._reshapes
 
-    def measure(self, unit: Unit, arrays: Arrays, fire: Fire, in_place: bool) -> Measured:
+    def measure(self, ready: Ready, fire: Fire) -> Measured:
         """The first pass: figures and seeds, nothing edited."""
-        with _own_path(unit):
-            return self._passes(unit, arrays, fire, in_place)[0](relabelled(arrays), fire)
+        with _own_path(ready.unit):
+            return ready.passes.measure(ready.placed, fire)
 
-    def edit(
-        self, unit: Unit, arrays: Arrays, fire: Fire, in_place: bool, seeds: Sequence[jax.Array] | None, ok: Any
-    ) -> Arrays:
+    def edit(self, ready: Ready, fire: Fire, seeds: Sequence[jax.Array] | None, ok: Any) -> Arrays:
         """The second pass: the new values, or the old ones where `ok` is False; each placed as it was.
 
         Args:
-          unit: the leaves.
-          arrays: their values.
+          ready: the unit.
           fire: as in the first pass.
-          in_place: what `prepare` returned.
           seeds: from the first pass, or None to compute them here.
           ok: a boolean scalar, or None to apply the edit in any case.
         """
-        with _own_path(unit):
-            new = self._passes(unit, arrays, fire, in_place)[1](relabelled(arrays), fire, seeds, ok)
-        params, slots = _placed(unit, arrays, new)
-        return Arrays(params, slots, jax.tree.map(as_before, arrays.memory, new.memory))
+        with _own_path(ready.unit):
+            new = ready.passes.edit(ready.placed, fire, seeds, ok)
+        return new if ready.placed is ready.arrays else _placed(ready.unit, ready.arrays, new)
 
-    def shapes_after(self, unit: Unit, arrays: Arrays, fire: Fire) -> Arrays:
-        """The shapes of what `edit` would return, of a unit that was prepared."""
-        return self._shapes[(*self._signature(unit), shapes_of(arrays), shapes_of(fire.inputs))]
-
-    def _signature(self, unit: Unit) -> tuple[Hashable, ...]:
-        return (self._common(unit), self.operation.static)
-
-    def _common(self, unit: Unit) -> Unit:
+    def _stand_in(self, unit: Unit) -> Unit:
         """The unit that stands for all of its signature; itself where the path matters to the surgery."""
-        edit = self.operation.edit
-        rules = [self.operation.rules.rule(slot.kind) for slot in unit.slots]
-        if edit.many or edit.takes("path") or any(map(callable, rules)):
-            return unit
-        slots = tuple(dataclasses.replace(slot, index=i, owner=0) for i, slot in enumerate(unit.slots))
-        return Unit((ANY_LEAF,), (0,), slots)
+        key = unit if self._by_path else unit.slots
+        common = self._common.get(key)
+        if common is None:
+            common = unit if self._by_path else _generic(unit)
+            common = self._common[key] = self._common.setdefault(common, common)
+        return common
 
-    def _passes(self, unit: Unit, arrays: Arrays, fire: Fire, in_place: bool) -> tuple[Any, Any]:
-        common = self._common(unit)
-        placements = _placements(unit, arrays, self.shapes_after(unit, arrays, fire))
-        signature = (common, self.operation.static, in_place, placements, jax.tree.structure(arrays.memory))
-        if signature not in self.compiled:
-            first = jax.jit(functools.partial(self._measure, common, in_place))
-            memory = jax.tree.unflatten(jax.tree.structure(arrays.memory), placements[2])
-            second = jax.jit(
-                functools.partial(self._guarded, common, in_place),
-                out_shardings=Arrays(placements[0], placements[1], memory),
-            )
-            self.compiled[signature] = first, second
-        return self.compiled[signature]
+    def _passes(self, signature: Signature, unit: Unit, arrays: Arrays, placed: Arrays) -> Passes:
+        first = jax.jit(functools.partial(self._measure, signature.common, signature.in_place))
+        second = jax.jit(
+            functools.partial(self._guarded, signature.common, signature.in_place),
+            out_shardings=_out_shardings(unit, arrays, signature.after),
+        )
+        return Passes(first, second, placed, signature.after, signature.in_place)
 
     def _edit(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any = None) -> Edited:
         fire = fire._replace(memory=arrays.memory)
@@ -167,7 +197,7 @@ class Programs:
 
     def _measure(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire) -> Measured:
         edited = self._edit(unit, in_place, arrays, fire)
-        return Measured(changes_of(edited), edited.seeds)
+        return Measured(rows_of(edited), edited.seeds)
 
     def _guarded(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any, ok: Any) -> Arrays:
         edited = self._edit(unit, in_place, arrays, fire, seeds)
@@ -210,37 +240,45 @@ def _difference(unit: Unit) -> str:
     return "; ".join(f"{what} {listed(paths)}" for what, paths in (("adds", new), ("removes", gone)) if paths)
 
 
-def changes_of(edited: Edited) -> Changes:
-    """The figures of an edited unit."""
-    return Changes(edited.params_change, edited.slots_change, edited.memory_change)
+def _generic(unit: Unit) -> Unit:
+    slots = tuple(dataclasses.replace(slot, index=i, owner=0) for i, slot in enumerate(unit.slots))
+    return Unit((ANY_LEAF,), (0,), slots)
 
 
-def _placements(unit: Unit, arrays: Arrays, edited: Arrays) -> tuple[tuple[Any, ...], ...]:
+def _out_shardings(unit: Unit, arrays: Arrays, after: Arrays) -> Arrays:
     """What `jit` is told of where new leaves, slots and memory go."""
-    old = dict(zip(unit.paths, arrays.params, strict=True))
     others = auto_axes(beside(arrays.params)) if unit.other is not None else None
 
-    def place(before: Any, after: Any) -> Any:
-        return others if before is None else out_sharding(before, after.shape)
+    def place(before: Any, new: Any) -> Any:
+        return others if before is None else out_sharding(before, new.shape)
 
-    params = map(place, [old.get(path) for path in unit.after.paths], edited.params)
-    held = [None if i is None else arrays.slots[i] for i in unit.origins()]
-    memory = map(place, jax.tree.leaves(arrays.memory), jax.tree.leaves(edited.memory))
-    return tuple(params), tuple(map(place, held, edited.slots)), tuple(memory)
+    params, slots = _before(unit, arrays)
+    return Arrays(
+        tuple(map(place, params, after.params)),
+        tuple(map(place, slots, after.slots)),
+        jax.tree.map(place, arrays.memory, after.memory),
+    )
 
 
-def _placed(unit: Unit, arrays: Arrays, new: Arrays) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """New leaves and slots under the shardings of the old ones."""
-    old = dict(zip(unit.paths, arrays.params, strict=True))
+def _placed(unit: Unit, arrays: Arrays, new: Arrays) -> Arrays:
+    """New leaves, slots and memory under the shardings of the old ones."""
 
     def place(before: Any, after: Any) -> Any:
         return like_neighbours(arrays.params, after) if before is None else as_before(before, after)
 
-    held = [None if i is None else arrays.slots[i] for i in unit.origins()]
-    return (
-        tuple(map(place, [old.get(path) for path in unit.after.paths], new.params)),
-        tuple(map(place, held, new.slots)),
+    params, slots = _before(unit, arrays)
+    return Arrays(
+        tuple(map(place, params, new.params)),
+        tuple(map(place, slots, new.slots)),
+        jax.tree.map(as_before, arrays.memory, new.memory),
     )
+
+
+def _before(unit: Unit, arrays: Arrays) -> tuple[list[Any], list[Any]]:
+    """For each leaf and slot after the edit the one before it at the same path, or None."""
+    old = dict(zip(unit.paths, arrays.params, strict=True))
+    slots = [None if i is None else arrays.slots[i] for i in unit.origins()]
+    return [old.get(path) for path in unit.after.paths], slots
 
 
 def choose(ok: Any, new: Arrays, old: Arrays) -> Arrays:
@@ -252,44 +290,6 @@ def choose(ok: Any, new: Arrays, old: Arrays) -> Arrays:
         return like(jnp.where(ok, after, before), before)
 
     return Arrays(*jax.tree.map(one, tuple(new), tuple(old)))
-
-
-def is_fine(changes: Sequence[Changes]) -> jax.Array:
-    """Whether a fire makes no value non-finite that was finite."""
-    return combine(change for unit in changes for change in (*unit.params, *unit[1:])).nonfinite_new == 0
-
-
-class Verdict(NamedTuple):
-    """What the first pass over all units of a fire says.
-
-    Attributes:
-      ok: `is_fine`.
-      figures: `FireFigures.compute_flat`.
-      leaves: `metrics.table_of` all leaves.
-    """
-
-    ok: Any
-    figures: dict[str, Any]
-    leaves: Any
-
-
-def judge(changes: Sequence[Changes]) -> Verdict:
-    """Verdict and figures of a fire; traced or concrete."""
-    pairs = [(combine(unit.params), unit.slots) for unit in changes]
-    leaves = table_of([change for unit in changes for change in unit.params])
-    return Verdict(is_fine(changes), FireFigures.of(pairs).compute_flat(), leaves)
-
-
-_judge_jitted = jax.jit(judge)
-
-
-def verdict(measured: Sequence[Measured]) -> Verdict:
-    """`judge` of all units of a fire, on their device; read by the host if they live on different ones."""
-    changes = [one.changes for one in measured]
-    devices = {frozenset(leaf.devices()) for leaf in jax.tree.leaves(changes)}
-    if len(devices) > 1:
-        return jax.device_get(judge(jax.device_get(changes)))
-    return _judge_jitted(changes)
 
 
 @contextlib.contextmanager
@@ -305,8 +305,10 @@ def _own_path(unit: Unit) -> Iterator[None]:
 def shapes_of(tree: Any) -> Hashable:
     """Structure, shapes and dtypes of a tree."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((np.shape(leaf), str(_dtype(leaf))) for leaf in leaves)
+    return treedef, tuple([_shape_of(leaf) for leaf in leaves])
 
 
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+def _shape_of(leaf: Any) -> Hashable:
+    if isinstance(leaf, jax.Array):
+        return leaf.shape, leaf.dtype
+    return np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)

@@ -19,6 +19,8 @@ from flax_surgery_hooks.paths import listed
 
 NEVER = sys.maxsize
 """A step that no run reaches; an int, as comparing one with a float costs more."""
+FAR = 2**30 - 1
+"""The largest int that CPython compares at its fastest; a wake beyond it is looked at again there."""
 
 
 @dataclass(frozen=True, eq=False)

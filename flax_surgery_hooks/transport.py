@@ -219,6 +219,29 @@ def mean_of_survivors(moved: jax.Array, fresh: jax.Array, old: jax.Array, init: 
     return jnp.where(count > 0, total / jnp.maximum(count, 1), whole)
 
 
+def mean_if_any_fresh(
+    how: Follow, rule: str, kind: str, path: str, moved: jax.Array, fresh: jax.Array, old: jax.Array, init: float
+) -> jax.Array:
+    """`mean_of_survivors`, without a pass over the slot where it is cheap to see that every element has history.
+
+    Cheap is a coefficient that is the same all along an axis. Elements that stay in place are moved once more for the
+    mean rather than taken from `moved`, which XLA would have to store for it.
+    """
+    diagonal = how.lineage.diagonal if how.fold is None and not how.in_place else None
+    if diagonal is None:
+        return mean_of_survivors(moved, fresh, old, init)
+    lost = diagonal.coefficient[path] == 0
+
+    def mean() -> jax.Array:
+        again = move(how, rule, kind, {path: jax.lax.optimization_barrier(old)}, [path])[path]
+        return mean_of_survivors(again, jnp.broadcast_to(lost, old.shape), old, init)
+
+    if lost.size * 8 > old.size:
+        return mean()
+    shape = jax.eval_shape(mean)
+    return jax.lax.cond(jnp.any(lost), mean, lambda: jnp.full(shape.shape, init, shape.dtype))
+
+
 def uses_seed(kind: str) -> bool:
     """Whether fresh elements of this kind of slot start from a value that has to be computed."""
     return kind in SECOND_MOMENTS

@@ -1,0 +1,140 @@
+"""The two compiled passes over leaves of one signature, and what can be seen of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+Leaf = tuple[tuple[int, ...], str, str]
+"""Shape, dtype and placement of a leaf or slot."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a compiled program needs beside its code, in bytes on one device, as XLA says.
+
+    Attributes:
+      arguments: the arrays it reads.
+      outputs: the arrays it makes.
+      temporaries: what it allocates for the time of its run.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+
+    @property
+    def touched(self) -> int:
+        """Arguments and outputs together."""
+        return self.arguments + self.outputs
+
+
+@dataclass(frozen=True)
+class Program:
+    """The compiled passes for leaves of one signature.
+
+    Attributes:
+      leaves: shape, dtype and placement of each leaf that one call of the surgery sees.
+      slots: likewise of their slots in the optimizer state.
+      served: how many times the editing pass has run, which is once for each such leaf of each fire.
+      in_place: whether the edit mixes elements, so that slots stay in place.
+      edit: memory of the editing pass, or None where it has not run or the backend does not say.
+      measure: likewise of the measuring pass.
+    """
+
+    leaves: tuple[Leaf, ...]
+    slots: tuple[Leaf, ...]
+    served: int
+    in_place: bool
+    edit: Memory | None
+    measure: Memory | None
+
+    def __str__(self) -> str:
+        leaves = ", ".join(f"{dtype}{list(shape)} on {place}" for shape, dtype, place in self.leaves)
+        parts = [leaves, f"{len(self.slots)} slots", f"served {self.served}"]
+        if self.in_place:
+            parts.append("slots in place")
+        for name, memory in (("edit", self.edit), ("measure", self.measure)):
+            if memory is not None:
+                parts.append(f"{name}: {memory.touched:,} B touched, {memory.temporaries:,} B temporary")
+        return "; ".join(parts)
+
+
+class Passes:
+    """The two programs for leaves of one shape, dtype and placement.
+
+    Attributes:
+      first: the measuring pass, jitted.
+      second: the editing pass, jitted.
+      after: the shapes of what the second pass makes.
+      in_place: whether slots stay in place because the edit mixes.
+    """
+
+    def __init__(self, first: Any, second: Any, arrays: Any, after: Any, in_place: bool):
+        self.first = first
+        self.second = second
+        self.after = after
+        self.in_place = in_place
+        self._leaves = tuple(map(_described, arrays.params)), tuple(map(_described, arrays.slots))
+        self._served = 0
+        self._measured: Any = None
+        self._edited: Any = None
+
+    def measure(self, arrays: Any, fire: Any) -> Any:
+        """The first pass: figures and seeds."""
+        if self._measured is None:
+            self._measured = jax.tree.map(_abstract, (arrays, fire))
+        return self.first(arrays, fire)
+
+    def edit(self, arrays: Any, fire: Any, seeds: Any, ok: Any) -> Any:
+        """The second pass: the new values."""
+        if self._edited is None:
+            self._edited = jax.tree.map(_abstract, (arrays, fire, seeds, ok))
+        self._served += 1
+        return self.second(arrays, fire, seeds, ok)
+
+    def describe(self) -> Program:
+        """What has been compiled and served so far; runs nothing."""
+        leaves, slots = self._leaves
+        edit, measure = _memory(self.second, self._edited), _memory(self.first, self._measured)
+        return Program(leaves, slots, self._served, self.in_place, edit, measure)
+
+
+def table(programs: Iterable[Program]) -> str:
+    """One line per program."""
+    return "\n".join(map(str, programs))
+
+
+def _described(leaf: Any) -> Leaf:
+    return tuple(np.shape(leaf)), str(jax.numpy.result_type(leaf)), _place(leaf)
+
+
+def _place(leaf: Any) -> str:
+    if not isinstance(leaf, jax.Array):
+        return "host"
+    sharding = leaf.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return f"{sharding.spec} of {dict(sharding.mesh.shape)}"
+    devices = sorted(str(device) for device in sharding.device_set)
+    return devices[0] if len(devices) == 1 else f"{len(devices)} devices"
+
+
+def _abstract(leaf: Any) -> Any:
+    """What `jit` has to know of an argument to find the program that it compiled for it."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    sharding = leaf.sharding if leaf.committed else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.aval.weak_type)
+
+
+def _memory(program: Any, arguments: Any) -> Memory | None:
+    if arguments is None:
+        return None
+    analysis = program.lower(*arguments).compile().memory_analysis()  # found in JAX's own cache: compiles nothing
+    if analysis is None:
+        return None
+    return Memory(analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)

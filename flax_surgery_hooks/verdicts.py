@@ -1,0 +1,55 @@
+"""What the first pass of a fire says: its figures, and whether the guard lets it through.
+
+The figures of a unit travel as one array, as each array costs to handle: a row of the fields of a `Change` for each
+leaf after the edit and each that it removed, then one for all slots, and one for what the surgery remembers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_surgery_hooks.metrics import Change, FireFigures, table_of
+from flax_surgery_hooks.perform import Edited
+
+
+class Verdict(NamedTuple):
+    """What the first pass over all units of a fire says.
+
+    Attributes:
+      ok: whether the fire makes no value non-finite that was finite.
+      figures: `FireFigures.compute_flat`.
+      leaves: `metrics.table_of` all leaves.
+    """
+
+    ok: Any
+    figures: dict[str, Any]
+    leaves: Any
+
+
+def rows_of(edited: Edited) -> jax.Array:
+    """The figures of a unit, float32 [leaves + 2, fields]."""
+    changes = (*edited.params_change, edited.slots_change, edited.memory_change)
+    return jnp.stack([jnp.stack(jax.tree.leaves(change)) for change in changes])
+
+
+def judge(units: Sequence[jax.Array]) -> Verdict:
+    """Verdict and figures of a fire, of the rows of its units; traced or concrete."""
+    leaves = Change(*jnp.concatenate([rows[:-2] for rows in units]).T)
+    slots, memory = (Change(*jnp.stack([rows[place] for rows in units]).sum(0)) for place in (-2, -1))
+    params = jax.tree.map(jnp.sum, leaves)
+    ok = params.merge(slots).merge(memory).nonfinite_new == 0
+    return Verdict(ok, FireFigures.of(params, slots).compute_flat(), table_of(leaves))
+
+
+_judge_jitted = jax.jit(judge)
+
+
+def verdict(units: Sequence[jax.Array]) -> Verdict:
+    """`judge` of the units of a fire, on their device; read by the host if they live on different ones."""
+    if len({frozenset(rows.devices()) for rows in units}) > 1:
+        return jax.device_get(judge(jax.device_get(units)))
+    return _judge_jitted(list(units))
