@@ -88,7 +88,8 @@ def fire(
     inputs: dict[str, Any],
     reshape: Reshape,
     *,
-    commit: bool = True,
+    commit: bool,
+    donate: str,
 ) -> tuple[Any, Fired]:
     """Fires one operation on a concrete state; without `commit` the state comes back as it was.
 
@@ -99,8 +100,11 @@ def fire(
     plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
     at = jnp.int32(step)
     fires = [fire_for(unit, key, at, inputs) for unit in plan]
-    outcome = run(programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit)
     held = state.params
+    samples = sampled("before", held, [path for unit in plan for path in unit.paths]) if operation.histograms else {}
+    outcome = run(
+        programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit, donate=donate, state=state
+    )
     if outcome.applied:
         state = put_outcome(state, parts, plan, outcome, reshape.tx)
         if operation.edit.takes("memory"):
@@ -109,7 +113,7 @@ def fire(
     if reshaped:
         state = reshape.replaced(state)
     record = record_of(operation, plan, outcome)
-    samples = sampled(held, state.params, record.paths + record.removed) if operation.histograms else None
+    samples |= sampled("after", state.params, record.paths) if operation.histograms else {}
     figures, leaves = (outcome.figures, outcome.leaves) if operation.figures else ({}, None)
     return state, Fired(record, figures, leaves, samples, outcome.ok, reshaped)
 

@@ -7,29 +7,28 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from flax_surgery_hooks import fires, memory, rules
+from flax_surgery_hooks import fires, memory
 from flax_surgery_hooks.ahead import check_ahead
-from flax_surgery_hooks.errors import HookError, ScheduleError, StateError, StepError, located
+from flax_surgery_hooks.donation import DONATE
+from flax_surgery_hooks.errors import HookError, StateError, StepError, located
+from flax_surgery_hooks.hook_set import HookSet
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
-from flax_surgery_hooks.operate import bind_inputs, make_operation
+from flax_surgery_hooks.operate import bind_inputs
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.passes import Program
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.programs import Programs
-from flax_surgery_hooks.registration import Hook, check_name, find, in_order
-from flax_surgery_hooks.schedules import Schedule
-from flax_surgery_hooks.selection import Patterns
+from flax_surgery_hooks.registration import Hook, find
 from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
 from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
-from flax_surgery_hooks.structure import Reshape
 from flax_surgery_hooks.train_state import written
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _ONE = 1
 
 
-class SurgeryHooks:
+class SurgeryHooks(HookSet):
     """Hooks that edit a train state between train steps. Call them after each step: `state = hooks(step, state)`.
 
     Args:
@@ -43,6 +42,10 @@ class SurgeryHooks:
       strict_steps: whether a call whose step jumps over due ones is an error; by default the hook fires once, and the
         record says which steps were passed.
       settle_after: how many steps after a fire its figures are read, so that nothing waits for the device.
+      donate: whether a fire may take the memory of the leaves that it edits, which are gone then, as a train step with
+        `donate_argnums` does with its whole state: "auto" where the new ones do not fit beside them (as far as the
+        backend tells), "always" or "never". Where several hooks fire in one call only the last one may, so that an
+        error leaves the state whole; one that changes shapes never does.
 
     Raises:
       HookError: an argument that is not one of these.
@@ -58,8 +61,8 @@ class SurgeryHooks:
 
     # An idle call is a subtraction and a comparison of integers; slots make reading these a quarter cheaper.
     __slots__ = (
-        "_counts", "_hooks", "_last", "_programs", "_registered", "_settler", "_started", "_unchecked", "_wake",
-        "ledger", "seed", "strict_steps",
+        "_counts", "_last", "_programs", "_settler", "_started", "_unchecked", "_wake",
+        "donate", "ledger", "seed", "strict_steps",
     )  # fmt: skip
 
     def __init__(
@@ -72,22 +75,25 @@ class SurgeryHooks:
         on_error: str = "raise",
         strict_steps: bool = False,
         settle_after: int = 4,
+        donate: str = "auto",
     ):
+        super().__init__()
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise HookError("SurgeryHooks(seed=...) is a Python int.", found=repr(seed), write="seed=0")
         if on_error not in fires.ON_ERROR:
             raise HookError("Unknown on_error=.", found=repr(on_error), write=f"one of {', '.join(fires.ON_ERROR)}")
         if isinstance(settle_after, bool) or not isinstance(settle_after, int) or settle_after < 0:
             raise HookError("settle_after= is a number of steps.", found=repr(settle_after), write="settle_after=4")
+        if donate not in DONATE:
+            raise HookError("Unknown donate=.", found=repr(donate), write=f"one of {', '.join(DONATE)}")
         self.seed = seed
+        self.donate = donate
         self.ledger = Ledger(ledger, on_record)
         self.strict_steps = strict_steps
         self._settler = Settler(self.ledger, writer, on_error, settle_after)
-        self._hooks: dict[str, Hook] = {}
         self._programs: dict[str, dict[Hashable, Programs]] = {}
         self._unchecked: set[str] = set()
         self._counts: dict[tuple[str, int], int] = {}
-        self._registered = 0
         self._started = False
         self._last = -1
         self._wake = -1
@@ -111,106 +117,17 @@ class SurgeryHooks:
             hooks.add(**vars(spec))
         return hooks
 
-    def to_config(self, *, objects: Mapping[str, Any] | None = None) -> Any:
-        """The `ConfigDict` from which `from_config` makes these hooks again, given the same `objects`.
-
-        Raises:
-          ConfigError: a hook holds what no config can, such as a plain function as its surgery; it names all of them.
-        """
-        from flax_surgery_hooks import config_export
-
-        return config_export.to_config(self._ordered(), objects)
-
-    def add(
-        self,
-        name: str,
-        surgery: Any,
-        *,
-        params: Patterns,
-        when: Schedule,
-        exclude: Patterns | None = None,
-        expect: int | None = None,
-        opt_state: rules.OptStateRule = None,
-        fresh: str = "mean",
-        guard: str = "finite",
-        figures: bool = True,
-        histograms: bool = False,
-        priority: int = 0,
-        apply_fn: Callable[..., Any] | None = None,
-        tx: Any = None,
-        on_reshape: Callable[[Any, Record], Any] | None = None,
-    ) -> None:
-        """Registers a hook.
-
-        Args:
-          name: unique; part of metric names and of the key, so it should not change between runs.
-          surgery: see `Surgery`.
-          params: which leaves: a glob on `/`-joined paths, `re:...`, a predicate of (path, leaf), or a list of these.
-          when: a schedule such as `every(200)` or `at(1_000)`.
-          exclude: leaves to leave out, likewise.
-          expect: how many leaves must be selected.
-          opt_state: how slots follow: "transport", "carry", "keep", "reset", a function, or a mapping by kind of slot.
-          fresh: what second moments of elements without history start from: "mean" of the survivors, or "init".
-          guard: "finite": a result with new non-finite values is not applied; "off".
-          figures: whether changes are measured and written.
-          histograms: whether the writer gets histograms of the leaves before and after too. Until then up to 2**20
-            elements of each stay on the device.
-          priority: hooks due at the same step fire from the highest to the lowest, then as registered.
-          apply_fn: for a surgery that changes shapes: the model function that goes with the new ones.
-          tx: likewise the optimizer, if it has to be another object; its states must have the same structure.
-          on_reshape: likewise `on_reshape(state, record) -> None or a state`, for what the trainer has to rebuild.
-
-        Raises:
-          HookError: the name is taken or malformed.
-          SurgeryError: anything else that can be seen without a state.
-        """
-        with located(hook=name if isinstance(name, str) else repr(name)):
-            check_name(self._hooks, name)
-            if not isinstance(when, Schedule):
-                raise ScheduleError(
-                    "`when=` is no schedule.", found=repr(when), write="when=fsh.every(200) or fsh.at(1_000)"
-                )
-            if isinstance(priority, bool) or not isinstance(priority, int):
-                raise HookError("`priority=` is a Python int.", found=repr(priority), write="priority=0")
-            operation = make_operation(
-                surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
-                figures=bool(figures), histograms=bool(histograms),
-            )  # fmt: skip
-        reshape = Reshape(apply_fn, tx, on_reshape)
-        self._hooks[name] = Hook(name, operation, when, priority, self._registered, reshape)
-        self._programs[name] = {}
-        self._unchecked.add(name)
-        self._registered += 1
+    def _added(self, hook: Hook) -> None:
+        self._programs[hook.name] = {}
+        self._unchecked.add(hook.name)
         self._wake = -1  # look at the new hook at the next call
         if self._started:
-            fires.note_missed(self.ledger, name, when, self._last)
+            fires.note_missed(self.ledger, hook.name, hook.when, self._last)
 
-    def register(
-        self, *, params: Patterns, when: Schedule, name: str | None = None, **kwargs: Any
-    ) -> Callable[[_Function], _Function]:
-        """Decorator that registers a function as a hook, by default under its own name; arguments as for `add`."""
-
-        def decorate(function: _Function) -> _Function:
-            self.add(name or function.__name__, function, params=params, when=when, **kwargs)
-            return function
-
-        return decorate
-
-    def remove(self, name: str) -> None:
-        """Unregisters a hook; its past fires stay recorded.
-
-        Raises:
-          HookError: there is no such hook.
-        """
-        find(self._hooks, name)
-        del self._hooks[name], self._programs[name]
+    def _removed(self, name: str) -> None:
+        del self._programs[name]
         self._unchecked.discard(name)
         self._wake = -1
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all hooks, in the order in which they fire when due at one step."""
-        return tuple(hook.name for hook in self._ordered())
 
     def __call__(self, step: int, state: Any = None, **inputs: Any) -> Any:
         """Fires what is due. When nothing is, the same state object comes back at the cost of a comparison.
@@ -251,7 +168,7 @@ class SurgeryHooks:
         check_concrete(state)
         hook, step = find(self._hooks, name), step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
-        state, fired = self._fire(hook, state, step, inputs)
+        state, fired = self._fire(hook, state, step, inputs, self.donate)
         state = written(state)
         self._record([fired])
         return state
@@ -261,16 +178,8 @@ class SurgeryHooks:
         check_concrete(state)
         hook, step = find(self._hooks, name), step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
-        _, fired = self._fire(hook, state, step, inputs, commit=False)
+        _, fired = self._fire(hook, state, step, inputs, "never", commit=False)
         return replace(read(fired), event="preview", id=None)
-
-    def hparams(self) -> dict[str, Any]:
-        """What the hooks are, as hyperparameters: "surgery/<hook>/<field>" -> number, string or None.
-
-        The writer gets them at the first call. TensorBoard keeps the first ones of a run: a trainer that writes its own
-        adds these, `writer.write_hparams({**hparams, **hooks.hparams()})`.
-        """
-        return {name: value for hook in self._ordered() for name, value in hook.hparams().items()}
 
     def init(self, state: Any) -> Any:
         """The state with room for what surgeries remember, in its field `surgery`. Once all hooks are added, before
@@ -352,11 +261,13 @@ class SurgeryHooks:
         fired: list[Fired] = []
         counts = dict(self._counts)
         try:
-            for hook in self._ordered():
-                due = tuple(hook.when.due_steps(self._last, step))
-                if due:
-                    state, one = self._fire(hook, state, step, inputs, passed=self._passed(hook, due, step))
-                    fired.append(one)
+            due = [(hook, tuple(hook.when.due_steps(self._last, step))) for hook in self._ordered()]
+            due = [(hook, steps) for hook, steps in due if steps]
+            for hook, steps in due:
+                donate = self.donate if hook is due[-1][0] else "never"
+                passed = self._passed(hook, steps, step)
+                state, one = self._fire(hook, state, step, inputs, donate, passed)
+                fired.append(one)
             state = written(state) if fired else state
         except BaseException:
             self._counts = counts  # nothing of this call happened: the caller keeps the state it passed
@@ -404,6 +315,7 @@ class SurgeryHooks:
         state: Any,
         step: int,
         inputs: dict[str, Any],
+        donate: str,
         passed: tuple[int, ...] = (),
         commit: bool = True,
     ) -> tuple[Any, Fired]:
@@ -413,7 +325,9 @@ class SurgeryHooks:
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)
             programs = self._compiled(hook, operation)
-            state, fired = fires.fire(programs, state, hook.name, key, step, arrays, hook.reshape, commit=commit)
+            state, fired = fires.fire(
+                programs, state, hook.name, key, step, arrays, hook.reshape, commit=commit, donate=donate
+            )
             seconds = time.perf_counter() - start
             record = replace(fired.record, hook=hook.name, step=step, passed=passed, seconds=seconds)
             if fired.reshaped:
@@ -458,9 +372,3 @@ class SurgeryHooks:
         due = (hook.when.next_step(self._last) for hook in self._hooks.values())
         far = FAR if self._last < FAR else NEVER
         self._wake = min([far, self._settler.wake, *(step for step in due if step is not None)])
-
-    def _named(self) -> list[tuple[str, Operation]]:
-        return [(hook.name, hook.operation) for hook in self._ordered()]
-
-    def _ordered(self) -> list[Hook]:
-        return in_order(self._hooks.values())

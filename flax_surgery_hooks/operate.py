@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks import checks, rules
+from flax_surgery_hooks import checks, donation, rules
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
 from flax_surgery_hooks.errors import InputError, RefusedError, StateError
 from flax_surgery_hooks.ledger import Record
@@ -126,6 +126,7 @@ class Outcome(NamedTuple):
       ok: whether the guard let it through, or None without guard.
       in_place: per unit, 1 where slots stayed in place because the edit mixes.
       applied: whether the arrays are to be put into the state.
+      donated: whether the old values are gone.
     """
 
     arrays: list[Arrays]
@@ -134,6 +135,7 @@ class Outcome(NamedTuple):
     ok: Any
     in_place: tuple[bool, ...]
     applied: bool = True
+    donated: bool = False
 
 
 def make_operation(
@@ -215,6 +217,8 @@ def run(
     *,
     may_reshape: bool,
     commit: bool = True,
+    donate: str = "never",
+    state: Any = None,
 ) -> Outcome:
     """Runs an operation on concrete values by its compiled programs. Waits for nothing.
 
@@ -225,6 +229,8 @@ def run(
       fires: their inputs.
       may_reshape: whether leaves may change shape.
       commit: False measures only.
+      donate: whether the edit may take the memory of the old values, see `SurgeryHooks`.
+      state: all leaves beside which they stand, if it may.
     """
     ready = [
         programs.ready(unit, one, fire, may_reshape=may_reshape)
@@ -239,15 +245,20 @@ def run(
         measured = [programs.measure(*each) for each in zip(ready, fires, strict=True)]
         ok, figures, leaves = verdict([one.changes for one in measured])
         ok = ok if operation.guard != "off" else None
-    chosen = ok
+    chosen, donated = ok, False
     if ok is not None and programs.reshapes and commit:
         commit, chosen = bool(ok), None  # old and new values have no common shape to choose between: wait for it
     if not commit:
         new = [one.passes.after for one in ready]
     else:
         seeds = [one.seeds for one in measured] if measured else [None] * len(plan)
-        new = [programs.edit(*each, chosen) for each in zip(ready, fires, seeds, strict=True)]
-    return Outcome(new, figures, leaves, ok, tuple(one.passes.in_place for one in ready), applied=commit)
+        given = [(fire, seed, chosen) for fire, seed in zip(fires, seeds, strict=True)]
+        donated = not programs.reshapes and donation.wanted(donate, ready, given)
+        if donated:
+            ready = donation.unaliased(ready, state)
+        new = [programs.edit(one, *rest, donate=donated) for one, rest in zip(ready, given, strict=True)]
+    in_place = tuple(one.passes.in_place for one in ready)
+    return Outcome(new, figures, leaves, ok, in_place, applied=commit, donated=donated)
 
 
 def _run_traced(
@@ -343,6 +354,7 @@ def record_of(operation: Operation, plan: Sequence[Unit], outcome: Outcome, **fi
         removed=tuple(path for unit in plan for path in unit.paths if path not in unit.after.paths),
         leaves=tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves),
         in_place=mixed,
+        donated=outcome.donated,
         **fields,
     )
 

@@ -70,19 +70,22 @@ class Passes:
     Attributes:
       first: the measuring pass, jitted.
       second: the editing pass, jitted.
+      donating: the same pass, which takes the memory of its first argument.
       after: the shapes of what the second pass makes.
       in_place: whether slots stay in place because the edit mixes.
     """
 
-    def __init__(self, first: Any, second: Any, arrays: Any, after: Any, in_place: bool):
+    def __init__(self, first: Any, second: Any, donating: Any, arrays: Any, after: Any, in_place: bool):
         self.first = first
         self.second = second
+        self.donating = donating
         self.after = after
         self.in_place = in_place
         self._leaves = tuple(map(_described, arrays.params)), tuple(map(_described, arrays.slots))
         self._served = 0
         self._measured: Any = None
         self._edited: Any = None
+        self._donated = False
 
     def measure(self, arrays: Any, fire: Any) -> Any:
         """The first pass: figures and seeds."""
@@ -90,17 +93,27 @@ class Passes:
             self._measured = jax.tree.map(_abstract, (arrays, fire))
         return self.first(arrays, fire)
 
-    def edit(self, arrays: Any, fire: Any, seeds: Any, ok: Any) -> Any:
+    def edit(self, arrays: Any, fire: Any, seeds: Any, ok: Any, *, donate: bool = False) -> Any:
         """The second pass: the new values."""
         if self._edited is None:
             self._edited = jax.tree.map(_abstract, (arrays, fire, seeds, ok))
+            self._donated = donate
         self._served += 1
-        return self.second(arrays, fire, seeds, ok)
+        return (self.donating if donate else self.second)(arrays, fire, seeds, ok)
+
+    def memory(self, *arguments: Any) -> Memory | None:
+        """What an `edit` without donation needs; compiles it."""
+        return _memory(self.second, jax.tree.map(_abstract, arguments))
+
+    def compile_donating(self, *arguments: Any) -> None:
+        """Compiles the donating `edit`: whatever fails there does so before anything is gone."""
+        self.donating.lower(*jax.tree.map(_abstract, arguments)).compile()
 
     def describe(self) -> Program:
         """What has been compiled and served so far; runs nothing."""
         leaves, slots = self._leaves
-        edit, measure = _memory(self.second, self._edited), _memory(self.first, self._measured)
+        edit = _memory(self.donating if self._donated else self.second, self._edited)
+        measure = _memory(self.first, self._measured)
         return Program(leaves, slots, self._served, self.in_place, edit, measure)
 
 

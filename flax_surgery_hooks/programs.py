@@ -161,7 +161,9 @@ class Programs:
         with _own_path(ready.unit):
             return ready.passes.measure(ready.placed, fire)
 
-    def edit(self, ready: Ready, fire: Fire, seeds: Sequence[jax.Array] | None, ok: Any) -> Arrays:
+    def edit(
+        self, ready: Ready, fire: Fire, seeds: Sequence[jax.Array] | None, ok: Any, *, donate: bool = False
+    ) -> Arrays:
         """The second pass: the new values, or the old ones where `ok` is False; each placed as it was.
 
         Args:
@@ -169,9 +171,10 @@ class Programs:
           fire: as in the first pass.
           seeds: from the first pass, or None to compute them here.
           ok: a boolean scalar, or None to apply the edit in any case.
+          donate: whether the old values give their memory to the new ones, and are gone.
         """
         with _own_path(ready.unit):
-            new = ready.passes.edit(ready.placed, fire, seeds, ok)
+            new = ready.passes.edit(ready.placed, fire, seeds, ok, donate=donate)
         return new if ready.placed is ready.arrays else _placed(ready.unit, ready.arrays, new)
 
     def _stand_in(self, unit: Unit) -> Unit:
@@ -185,11 +188,10 @@ class Programs:
 
     def _passes(self, signature: Signature, unit: Unit, arrays: Arrays, placed: Arrays) -> Passes:
         first = jax.jit(functools.partial(self._measure, signature.common, signature.in_place))
-        second = jax.jit(
-            functools.partial(self._guarded, signature.common, signature.in_place),
-            out_shardings=_out_shardings(unit, arrays, signature.after),
-        )
-        return Passes(first, second, placed, signature.after, signature.in_place)
+        edit = functools.partial(self._guarded, signature.common, signature.in_place)
+        places = _out_shardings(unit, arrays, signature.after)
+        second, donating = (jax.jit(edit, out_shardings=places, donate_argnums=which) for which in ((), 0))
+        return Passes(first, second, donating, placed, signature.after, signature.in_place)
 
     def _edit(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any = None) -> Edited:
         fire = fire._replace(memory=arrays.memory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,22 +16,21 @@ MOST = 1 << 20
 """Of a larger leaf as many elements, evenly spread, so that a histogram never holds a second copy of a large one."""
 
 
-def sampled(before: Any, after: Any, paths: tuple[str, ...]) -> dict[str, jax.Array]:
-    """Elements of the float leaves at these paths, "before/<path>" and "after/<path>" -> 1-d array, as float32.
+def sampled(when: str, params: Any, paths: Iterable[str]) -> dict[str, jax.Array]:
+    """Elements of the float leaves at these paths, "<when>/<path>" -> 1-d array, as float32.
 
     Args:
-      before: parameters before the fire.
-      after: parameters after it.
-      paths: of the leaves; one that is missing on one side is left out there.
+      when: "before" or "after".
+      params: the parameters then.
+      paths: of the leaves; one that is missing is left out.
     """
-    samples = {}
-    for when, params in (("before", before), ("after", after)):
-        leaves = flatten(params)
-        held: Mapping[str, Any] = dict(zip(leaves.paths, leaves.values, strict=True))
-        for path in paths:
-            if path in held and jnp.issubdtype(jnp.result_type(held[path]), jnp.floating):
-                samples[f"{when}/{path}"] = _spread(relabelled(jnp.asarray(held[path])), MOST)
-    return samples
+    leaves = flatten(params)
+    held = dict(zip(leaves.paths, leaves.values, strict=True))
+    return {
+        f"{when}/{path}": _spread(relabelled(jnp.asarray(held[path])), MOST)
+        for path in paths
+        if path in held and jnp.issubdtype(jnp.result_type(held[path]), jnp.floating)
+    }
 
 
 @functools.partial(jax.jit, static_argnums=1)

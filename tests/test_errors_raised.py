@@ -249,6 +249,8 @@ CASES = {
                       {"path": "/dev/null/there"}),
     # The runner.
     "seed": Case(lambda: fsh.SurgeryHooks(seed="0"), HOOK, ("seed=...) is a Python int", "Found: '0'")),
+    "donate": Case(lambda: fsh.SurgeryHooks(donate="yes"), HOOK,
+                   ("Unknown donate=", "Found: 'yes'", "auto, always, never")),
     "on_error": Case(lambda: fsh.SurgeryHooks(on_error="warn"), HOOK, ("on_error=", "Found: 'warn'", "raise, skip")),
     "settle_after": Case(lambda: fsh.SurgeryHooks(settle_after=-1), HOOK, ("is a number of steps", "Found: -1")),
     "when": Case(lambda: make_hooks(halve, 100), e.ScheduleError, ("`when=` is no schedule", "fsh.every(200)"), A),

@@ -115,9 +115,8 @@ def test_histograms_are_not_written_unasked_nor_of_a_refused_fire(tmp_path):
 def test_of_a_large_leaf_evenly_spread_elements_are_kept(monkeypatch):
     monkeypatch.setattr(samples, "MOST", 5)
     params = {"w": jnp.arange(12, dtype=jnp.bfloat16), "count": jnp.arange(3)}
-    kept = samples.sampled(params, {"w": params["w"] + 1}, ("w", "count", "gone"))
-    assert {name: value.tolist() for name, value in kept.items()} == {
-        "before/w": [0, 3, 6, 9], "after/w": [1, 4, 7, 10]}  # fmt: skip
+    kept = samples.sampled("before", params, ("w", "count", "gone"))
+    assert {name: value.tolist() for name, value in kept.items()} == {"before/w": [0, 3, 6, 9]}
     assert kept["before/w"].dtype == jnp.float32
 
 

@@ -1,0 +1,144 @@
+"""Hooks by name: how they are registered, removed, and told to others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from flax_surgery_hooks import rules
+from flax_surgery_hooks.errors import HookError, ScheduleError, located
+from flax_surgery_hooks.ledger import Record
+from flax_surgery_hooks.operate import make_operation
+from flax_surgery_hooks.operation import Operation
+from flax_surgery_hooks.registration import Hook, check_name, find, in_order
+from flax_surgery_hooks.schedules import Schedule
+from flax_surgery_hooks.selection import Patterns
+from flax_surgery_hooks.structure import Reshape
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class HookSet:
+    """Registered hooks; `SurgeryHooks` is the one that fires them."""
+
+    __slots__ = ("_hooks", "_registered")
+
+    def __init__(self) -> None:
+        self._hooks: dict[str, Hook] = {}
+        self._registered = 0
+
+    def add(
+        self,
+        name: str,
+        surgery: Any,
+        *,
+        params: Patterns,
+        when: Schedule,
+        exclude: Patterns | None = None,
+        expect: int | None = None,
+        opt_state: rules.OptStateRule = None,
+        fresh: str = "mean",
+        guard: str = "finite",
+        figures: bool = True,
+        histograms: bool = False,
+        priority: int = 0,
+        apply_fn: Callable[..., Any] | None = None,
+        tx: Any = None,
+        on_reshape: Callable[[Any, Record], Any] | None = None,
+    ) -> None:
+        """Registers a hook.
+
+        Args:
+          name: unique; part of metric names and of the key, so it should not change between runs.
+          surgery: see `Surgery`.
+          params: which leaves: a glob on `/`-joined paths, `re:...`, a predicate of (path, leaf), or a list of these.
+          when: a schedule such as `every(200)` or `at(1_000)`.
+          exclude: leaves to leave out, likewise.
+          expect: how many leaves must be selected.
+          opt_state: how slots follow: "transport", "carry", "keep", "reset", a function, or a mapping by kind of slot.
+          fresh: what second moments of elements without history start from: "mean" of the survivors, or "init".
+          guard: "finite": a result with new non-finite values is not applied; "off".
+          figures: whether changes are measured and written.
+          histograms: whether the writer gets histograms of the leaves before and after too. Until then up to 2**20
+            elements of each stay on the device.
+          priority: hooks due at the same step fire from the highest to the lowest, then as registered.
+          apply_fn: for a surgery that changes shapes: the model function that goes with the new ones.
+          tx: likewise the optimizer, if it has to be another object; its states must have the same structure.
+          on_reshape: likewise `on_reshape(state, record) -> None or a state`, for what the trainer has to rebuild.
+
+        Raises:
+          HookError: the name is taken or malformed.
+          SurgeryError: anything else that can be seen without a state.
+        """
+        with located(hook=name if isinstance(name, str) else repr(name)):
+            check_name(self._hooks, name)
+            if not isinstance(when, Schedule):
+                raise ScheduleError(
+                    "`when=` is no schedule.", found=repr(when), write="when=fsh.every(200) or fsh.at(1_000)"
+                )
+            if isinstance(priority, bool) or not isinstance(priority, int):
+                raise HookError("`priority=` is a Python int.", found=repr(priority), write="priority=0")
+            operation = make_operation(
+                surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
+                figures=bool(figures), histograms=bool(histograms),
+            )  # fmt: skip
+        reshape = Reshape(apply_fn, tx, on_reshape)
+        self._hooks[name] = Hook(name, operation, when, priority, self._registered, reshape)
+        self._registered += 1
+        self._added(self._hooks[name])
+
+    def register(
+        self, *, params: Patterns, when: Schedule, name: str | None = None, **kwargs: Any
+    ) -> Callable[[_Function], _Function]:
+        """Decorator that registers a function as a hook, by default under its own name; arguments as for `add`."""
+
+        def decorate(function: _Function) -> _Function:
+            self.add(name or function.__name__, function, params=params, when=when, **kwargs)
+            return function
+
+        return decorate
+
+    def remove(self, name: str) -> None:
+        """Unregisters a hook; its past fires stay recorded.
+
+        Raises:
+          HookError: there is no such hook.
+        """
+        find(self._hooks, name)
+        del self._hooks[name]
+        self._removed(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all hooks, in the order in which they fire when due at one step."""
+        return tuple(hook.name for hook in self._ordered())
+
+    def to_config(self, *, objects: Mapping[str, Any] | None = None) -> Any:
+        """The `ConfigDict` from which `from_config` makes these hooks again, given the same `objects`.
+
+        Raises:
+          ConfigError: a hook holds what no config can, such as a plain function as its surgery; it names all of them.
+        """
+        from flax_surgery_hooks import config_export
+
+        return config_export.to_config(self._ordered(), objects)
+
+    def hparams(self) -> dict[str, Any]:
+        """What the hooks are, as hyperparameters: "surgery/<hook>/<field>" -> number, string or None.
+
+        The writer gets them at the first call. TensorBoard keeps the first ones of a run: a trainer that writes its own
+        adds these, `writer.write_hparams({**hparams, **hooks.hparams()})`.
+        """
+        return {name: value for hook in self._ordered() for name, value in hook.hparams().items()}
+
+    def _added(self, hook: Hook) -> None:
+        """Called with each new hook."""
+
+    def _removed(self, name: str) -> None:
+        """Called when a hook is gone."""
+
+    def _named(self) -> list[tuple[str, Operation]]:
+        return [(hook.name, hook.operation) for hook in self._ordered()]
+
+    def _ordered(self) -> list[Hook]:
+        return in_order(self._hooks.values())
