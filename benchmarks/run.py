@@ -123,9 +123,9 @@ def direct(hooks: fsh.SurgeryHooks, state: Any) -> Callable[[], Any]:
         calls.append((passes.first, args))
         return held[0](passes, *args)
 
-    def edit(passes: Passes, *args: Any) -> Any:
+    def edit(passes: Passes, *args: Any, **kwargs: Any) -> Any:
         calls.append((passes.second, args))
-        return held[1](passes, *args)
+        return held[1](passes, *args, **kwargs)
 
     Passes.measure, Passes.edit = measure, edit  # type: ignore[method-assign]  # for the one fire that is recorded
     try:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax_surgery_hooks import transport
 from flax_surgery_hooks.errors import RuleError, SlotError, UserCodeError, located, shorten
 from flax_surgery_hooks.operation import FOLLOWING, NOTHING, Fire, Operation, Unit, like
+from flax_surgery_hooks.reductions import totals
 from flax_surgery_hooks.slots import Slot
 from flax_surgery_hooks.surgery import path_hash
 
@@ -41,7 +42,7 @@ def move_slots(
             if i in gathered:
                 assert how is not None
                 fresh = how.fresh(path, str(rule), tuple(_held(unit, values, slot.group, slot.kind)))
-                before = value if origin is not None else jnp.asarray(NOTHING)
+                before = value if origin is not None else _of_neighbours(unit, values, slot, path)
                 seed = seeds[i] if seeds is not None else _seed(operation, slot, gathered[i], fresh, before, how, path)
                 result = transport.fill_fresh(gathered[i], fresh, slot.kind, seed)
             elif callable(rule):
@@ -62,6 +63,21 @@ def _started(unit: Unit, place: int, slot: Slot, new: jax.Array) -> jax.Array:
     """The slot of a new leaf as `tx.init` makes it."""
     dtype = unit.after.dtypes[1][place]
     return new.astype(dtype) if slot.kind == "param" else jnp.full(new.shape, slot.init or 0.0, dtype)
+
+
+def _of_neighbours(unit: Unit, values: Sequence[jax.Array], slot: Slot, path: str) -> jax.Array:
+    """What stands for the old slot of a leaf that is new, to take a mean of: one element, the mean of its neighbours'.
+
+    Neighbours are the leaves that the surgery was given under the same last name (kernels of a kernel), else all. With
+    nothing there second moments would start from zero, which optax never bias-corrects in the middle of a run.
+    """
+    held = {other: value for other, (_, value) in _held(unit, values, slot.group, slot.kind).items() if value.size}
+    alike = [value for other, value in held.items() if other.split("/")[-1] == path.split("/")[-1]]
+    chosen = alike or list(held.values())
+    if not chosen:
+        return jnp.asarray(NOTHING)
+    total = sum(totals([value.astype(jnp.float32)])[0] for value in chosen)
+    return jnp.reshape(total / sum(value.size for value in chosen), (1,))
 
 
 def _gather_all(

@@ -212,7 +212,9 @@ def test_every_slot_follows_its_elements_to_the_other_paths(name):
             np.testing.assert_array_equal(leaf, source[:, 2 * i : 2 * i + 2])
             checked += 1
         elif "['bias']" in key:
-            np.testing.assert_array_equal(leaf, 0)
+            source = old_slots[key.replace("['bias']", "['qkv']")]
+            start = {".nu": source.mean(), ".z": 0.0}.get(next((f for f in (".nu", ".z") if f in key), ""), 0.0)
+            np.testing.assert_allclose(leaf, start, rtol=1e-6)
         else:
             assert leaf is old_slots[key], key
     assert checked == 3 * sum("qkv" in key for key in old_slots) > 0
@@ -229,6 +231,19 @@ def test_a_slot_that_a_new_leaf_has_and_its_source_had_not_starts_afresh():
     np.testing.assert_array_equal(after[:2], before)
     np.testing.assert_array_equal(after[2], 0)
     assert record.figures["slots/fresh"] == 3
+
+
+def test_second_moments_of_a_new_leaf_start_from_the_mean_of_leaves_of_its_name():
+    params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.full(3, 2.0)}}
+    state = trained(optax.adam(1e-2), params)
+    grow = lambda leaves: {**leaves, "b/kernel": jnp.zeros((3, 3)), "b/scale": jnp.ones(3)}  # noqa: E731
+    nu, old = fsh.operate(state, grow, params="a/*")[0].opt_state[0].nu, state.opt_state[0].nu["a"]
+    np.testing.assert_allclose(nu["b"]["kernel"], old["kernel"].mean(), rtol=1e-6)
+    both = (old["kernel"].sum() + old["bias"].sum()) / 9
+    np.testing.assert_allclose(nu["b"]["scale"], both, rtol=1e-6)
+    assert not np.isclose(both, old["kernel"].mean(), rtol=1e-2)
+    started = fsh.operate(state, grow, params="a/*", fresh="init")[0].opt_state[0].nu["b"]
+    np.testing.assert_array_equal(started["kernel"], 0)
 
 
 def test_slots_of_different_dtypes_change_places_exactly():
