@@ -69,7 +69,10 @@ def unaliased(ready: Sequence[Ready], state: Any) -> list[Ready]:
 
     Optimizers that remember the parameters they started from (prodigy, mechanize) may hold the very same buffer.
     """
-    shared = Counter(_buffer(leaf) for leaf in jax.tree.leaves(state))
+    leaves = jax.tree.leaves(state)
+    if len(leaves) == 1 and leaves[0] is state:  # no pytree, only something with the fields of a train state
+        leaves = jax.tree.leaves((state.params, state.opt_state, getattr(state, "surgery", None)))
+    shared = Counter(map(_buffer, leaves))
 
     def own(leaf: Any) -> Any:
         return jnp.copy(leaf) if isinstance(leaf, jax.Array) and shared[_buffer(leaf)] > 1 else leaf

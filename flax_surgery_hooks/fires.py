@@ -39,6 +39,7 @@ def foresee(operation: Operation, state: Any, name: str, key: Any, inputs: dict[
     """The state after a fire, abstractly: raises whatever a fire on leaves of these shapes would."""
     parts = take_apart(state)
     plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
+    reshape.check_paths(state, plan)
     outcome = run_abstractly(operation, plan, arrays, key, jnp.int32(0), inputs)
     return reshape.replaced(put_outcome(state, parts, plan, outcome, reshape.tx))
 
@@ -74,6 +75,7 @@ def prepare(
     operation, parts = programs.operation, take_apart(state)
     reshape.check(state)
     plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
+    reshape.check_paths(state, plan)
     at = jnp.int32(step)
     for unit, one in zip(plan, arrays, strict=True):
         programs.prepare(unit, one, fire_for(unit, key, at, inputs), may_reshape=reshape.declared)

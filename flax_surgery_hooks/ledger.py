@@ -69,9 +69,12 @@ class Record:
     figures: dict[str, Any] = flax.struct.field(default_factory=dict)
     per_leaf: Any = None
 
-    def table(self) -> str:
+    def table(self, limit: int | None = None) -> str:
         """The leaves before and after as a Markdown table, in the manner of `clu.parameter_overview`; waits for the
         device.
+
+        Args:
+          limit: how many rows it has at most, None for all.
 
         >>> record = Record(paths=("w",), leaves=(((2, 3), "float32"),), per_leaf=[[6, 1, 0.5, 0.5, 6, 0, 0]])
         >>> print(record.table())
@@ -79,7 +82,7 @@ class Record:
         |:--|:--|:--|--:|--:|--:|--:|--:|--:|--:|
         | w | (2, 3) | float32 | 6 | 1 | 0.5 | 0.5 | 100 % | 0 % | 0 % |
         """
-        return tables.leaf_table(self.paths, self.leaves, self.added, self.removed, self.per_leaf)
+        return tables.leaf_table(self.paths, self.leaves, self.added, self.removed, self.per_leaf, limit)
 
     def to_json(self) -> str:
         """The record as one line of JSON; empty fields are left out, non-finite figures are null."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_surgery_hooks.errors import SlotError, located
-from flax_surgery_hooks.paths import Leaves
+from flax_surgery_hooks.paths import Leaves, listed
 from flax_surgery_hooks.rules import SlotRules
 from flax_surgery_hooks.selection import Selection
 from flax_surgery_hooks.slots import Slot
@@ -87,6 +87,21 @@ class Unit(Side):
     def after(self) -> Side:
         """The leaves after the edit."""
         return self if self.other is None else self.other
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Paths that the edit adds."""
+        return tuple(path for path in self.after.paths if path not in self.paths)
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Paths that it takes away."""
+        return tuple(path for path in self.paths if path not in self.after.paths)
+
+    def difference(self) -> str:
+        """What the edit does to paths, for an error."""
+        parts = (("adds", self.added), ("removes", self.removed))
+        return "; ".join(f"{what} {listed(paths)}" for what, paths in parts if paths)
 
     def origins(self) -> tuple[int | None, ...]:
         """Per slot after the edit its index among those before, by field and path; None for the slot of a new leaf."""

@@ -20,7 +20,6 @@ from flax_surgery_hooks.calling import check_memory
 from flax_surgery_hooks.errors import StructureError, SurgeryError
 from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
 from flax_surgery_hooks.passes import Passes
-from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.perform import Edited, examine, perform
 from flax_surgery_hooks.placement import (
     as_before,
@@ -214,7 +213,7 @@ class Programs:
             if not may_reshape:
                 raise StructureError(
                     f"The surgery {name} adds or removes leaves, and the hook brings nothing for that.",
-                    found=_difference(unit),
+                    found=unit.difference(),
                     write=write,
                 )
             return True
@@ -234,12 +233,6 @@ class Programs:
         if not changed:
             check_memory(name, arrays.memory, edited.memory)
         return bool(changed)
-
-
-def _difference(unit: Unit) -> str:
-    new = [path for path in unit.after.paths if path not in unit.paths]
-    gone = [path for path in unit.paths if path not in unit.after.paths]
-    return "; ".join(f"{what} {listed(paths)}" for what, paths in (("adds", new), ("removes", gone)) if paths)
 
 
 def _generic(unit: Unit) -> Unit:

@@ -66,7 +66,8 @@ def slot_rules(opt_state: OptStateRule, preserves: str) -> SlotRules:
     """The rules that `opt_state=` asks for; the default depends on what the edit says it preserves.
 
     Args:
-      opt_state: a rule, a function `fn(slot, *, kind, path, old, new, key) -> slot`, a mapping from kind to either, or
+      opt_state: a rule, a function `fn(slot, *, kind, path, old, new, key) -> slot` (of a leaf that the
+        edit adds, `old` is None and `slot` as `tx.init` makes it), a mapping from kind to either, or
         None for the default: `transport` for edits that preserve the function, else `carry`.
       preserves: `"function"`, `"eval_function"` or `"nothing"`.
 

@@ -19,6 +19,8 @@ from flax_surgery_hooks.paths import listed
 
 NEVER = sys.maxsize
 """A step that no run reaches; an int, as comparing one with a float costs more."""
+MOST_ROWS = 200
+"""How many leaves the table shows that a writer gets; `Record.table` shows them all."""
 FAR = 2**30 - 1
 """The largest int that CPython compares at its fastest; a wake beyond it is looked at again there."""
 
@@ -125,7 +127,7 @@ def _write(writer: MetricWriter, record: Record, ok: bool, histograms: Mapping[s
         scalars = {f"{name}/{figure}": value for figure, value in record.figures.items()}
         writer.write_scalars(record.step, scalars | {f"{name}/refused": float(not ok)})
     if record.per_leaf is not None:
-        writer.write_texts(record.step, {f"{name}/leaves": record.table()})
+        writer.write_texts(record.step, {f"{name}/leaves": record.table(MOST_ROWS)})
     # CLU's logging writer fails on non-finite elements, and on too narrow a range in less than float64.
     finite = {f"{name}/{part}": finite_elements(np.asarray(x)) for part, x in histograms.items() if ok}
     if filled := {tag: elements for tag, elements in finite.items() if elements.size}:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from flax_surgery_hooks.errors import StructureError, SurgeryError, UserCodeError, shorten
 from flax_surgery_hooks.ledger import Record
+from flax_surgery_hooks.operation import Unit
 from flax_surgery_hooks.paths import join, listed
 
 
@@ -45,6 +46,21 @@ class Reshape:
                 "The hook brings `apply_fn=`, but the state has no such field.",
                 found=type(state).__name__,
                 write="on_reshape=, which is called with the new state",
+            )
+
+    def check_paths(self, state: Any, plan: Sequence[Unit]) -> None:
+        """Raises if a fire would add or remove leaves of a model that is edited in place.
+
+        Raises:
+          StructureError: it would: the model's own code decides which variables it has.
+        """
+        changed = [unit for unit in plan if unit.other is not None]
+        if changed and hasattr(state, "write_back"):
+            raise StructureError(
+                "Leaves cannot be added to or removed from a model that is edited in place.",
+                found=changed[0].difference(),
+                write="a new model with these variables and a new `nnx.Optimizer`, bound anew, or an edit that keeps "
+                "paths",
             )
 
     def replaced(self, state: Any) -> Any:

@@ -16,6 +16,7 @@ def leaf_table(
     added: Sequence[str],
     removed: Sequence[str],
     figures: Any,
+    limit: int | None = None,
 ) -> str:
     """The leaves of a fire, one row each.
 
@@ -25,6 +26,7 @@ def leaf_table(
       added: those of them that were not there before.
       removed: leaves that are gone.
       figures: `metrics.COLUMNS` of all these, [leaves, columns]; None leaves the numbers out.
+      limit: how many rows to show at most; what more there are is counted in a last one.
     """
     shown = [
         (f"{path} (added)" if path in added else path, str(tuple(shape)), dtype)
@@ -32,10 +34,16 @@ def leaf_table(
     ]
     shown += [(f"{path} (removed)", "", "") for path in removed]
     if figures is None:
-        return table(HEAD[:LEFT], shown, left=LEFT)
+        return table(HEAD[:LEFT], _limited(shown, limit), left=LEFT)
     is_new = [path in added for path in paths] + [False] * len(removed)
     rows = [(*texts, *_numbers(row, new)) for texts, row, new in zip(shown, figures, is_new, strict=True)]
-    return table(HEAD, rows, left=LEFT)
+    return table(HEAD, _limited(rows, limit), left=LEFT)
+
+
+def _limited(rows: Sequence[tuple[str, ...]], limit: int | None) -> Sequence[tuple[str, ...]]:
+    if limit is None or len(rows) <= limit:
+        return rows
+    return [*rows[:limit], (f"and {len(rows) - limit:,} more", *[""] * (len(rows[0]) - 1))]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:

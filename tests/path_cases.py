@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from raised import Case, fail, of_leaves
 from tiny import MOMENTUM, make_hooks, make_state
 
@@ -38,7 +39,17 @@ def added(leaves: Any) -> Any:
 
 ONES = jnp.ones(2)
 
+
+def in_place() -> None:
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, MOMENTUM, wrt=nnx.Param)
+    grow = of_leaves(lambda leaves: {**leaves, "scale": jnp.ones(2)})
+    make_hooks(grow, fsh.at(5), params="bias", options={"on_reshape": print})(0, fsh.bind_nnx(model, optimizer))
+
+
 CASES = {
+    "in_place": Case(in_place, STRUCTURE, ("cannot be added to or removed from a model that is edited in place",
+                     "Found: adds scale", "a new `nnx.Optimizer`"), {"hook": "a"}),
     "other_paths": Case(lambda: make_hooks(of_leaves(lambda leaves: {"u": leaves["w"]}))(1, make_state(1)), STRUCTURE,
                         ("adds or removes leaves", "Found: adds u; removes w", "apply_fn="),
                         {"hook": "a", "path": "w"}),

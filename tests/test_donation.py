@@ -88,6 +88,25 @@ def test_leaves_that_share_their_memory_stay_whole():
     assert after.surgery["start"] is state.params["w"]
 
 
+def test_a_state_that_is_no_pytree_is_looked_through_as_well():
+    class Plain:
+        step = 1
+
+        def __init__(self, **fields):
+            self.__dict__.update(fields)
+
+        def replace(self, **changes):
+            return Plain(**{**self.__dict__, **changes})
+
+    w = jnp.arange(3.0)
+    params = {"v": w, "w": w}
+    hooks = fsh.SurgeryHooks(donate="always")
+    hooks.add("a", lambda leaves: {path: leaf / 2 for path, leaf in leaves.items()}, params="*", when=fsh.at(1))
+    tx = optax.sgd(0.1)
+    after = hooks(1, Plain(params=params, opt_state=tx.init(params), tx=tx))
+    assert after.params["v"].tolist() == after.params["w"].tolist() == [0, 0.5, 1]
+
+
 def test_prodigy_which_holds_its_first_parameters_can_be_edited():
     tx = optax.contrib.prodigy(0.1)
     params = {"w": jnp.arange(3.0)}

@@ -10,7 +10,7 @@ import optax
 from tiny import MOMENTUM, halve, make_hooks, make_state
 
 import flax_surgery_hooks as fsh
-from flax_surgery_hooks import samples
+from flax_surgery_hooks import samples, settling
 from flax_surgery_hooks.metrics import COLUMNS
 from flax_surgery_hooks.writers import EventFileWriter
 
@@ -60,6 +60,17 @@ def test_the_table_tells_what_was_added_and_removed():
     norm = np.linalg.norm(LEAVES["a"])
     assert by_name["c (added)"][2:6] == ["6", "", f"{2 * norm:.4g}", ""]
     assert by_name["a (removed)"] == ["", "", "0", f"{norm:.4g}", "", "", "", "", ""]
+
+
+def test_a_long_table_is_cut_for_the_writer_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(settling, "MOST_ROWS", 1)
+    hooks, writer = make_writing(tmp_path)
+    hooks(1, leaves())
+    hooks.flush()
+    writer.close()
+    ((_, text),) = event_files.read_texts(tmp_path)["surgery/a/leaves"]
+    assert [row[0] for row in rows(text)] == ["a", "and 1 more"]
+    assert [row[0] for row in rows(hooks.ledger.records[-1].table())] == ["a", "b"]
 
 
 def test_the_table_of_a_traced_edit_is_there_when_its_record_is():
