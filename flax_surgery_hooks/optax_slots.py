@@ -46,6 +46,13 @@ SECOND = _by_order("grad_sq", "invariant")
 """Quadratic in what arrives."""
 
 
+def adam_mu(preceding: Preceding) -> Kind:
+    """Averages of gradients in Adam and its kin, of preconditioned ones in Adopt, which shares the class: the probe
+    tells.
+    """
+    return "update" if order(preceding) == 0 else ("grad", "update")
+
+
 def adam_nu(preceding: Preceding) -> Kind:
     """Squares in Adam and its kin, magnitudes in Adamax, which shares the class: the probe tells."""
     arriving = order(preceding)
@@ -59,7 +66,7 @@ _OPTAX: dict[str, dict[str, Any]] = {
     "EmaState": {"ema": FIRST},
     "TraceState": {"trace": FIRST},
     "MultiStepsState": {"acc_grads": FIRST},
-    "ScaleByAdamState": {"mu": FIRST, "nu": adam_nu},
+    "ScaleByAdamState": {"mu": adam_mu, "nu": adam_nu},
     "ScaleByAmsgradState": {"mu": FIRST, "nu": SECOND, "nu_max": SECOND},
     "ScaleByAdanState": {"m": FIRST, "v": FIRST, "n": SECOND, "g": FIRST},
     "ScaleByBeliefState": {"mu": FIRST, "nu": SECOND},
@@ -80,6 +87,13 @@ _OPTAX: dict[str, dict[str, Any]] = {
 }
 
 _CONTRIB: dict[str, dict[str, Any]] = {
+    # Scalars over all leaves (distances, norms) are those of the old model until steps renew them.
+    "DAdaptAdamWState": {"exp_avg": FIRST, "exp_avg_sq": SECOND, "grad_sum": FIRST},
+    "DoGState": {"init_params": "param"},
+    "DoWGState": {"init_params": "param"},
+    "MadgradState": {"grad_sum_sq": SECOND, "s": FIRST, "x0": "param"},
+    "MechanicState": {"r": "none", "m": "none", "v": "none", "s": "none", "x0": "param"},
+    "ProdigyState": {"exp_avg": FIRST, "exp_avg_sq": SECOND, "grad_sum": FIRST, "params0": "param"},
     "MuonState": {"mu": FIRST, "ns_coeffs": "none"},
     "ReduceLROnPlateauState": {},
     "ScaleByAdemamixState": {"m1": FIRST, "m2": FIRST, "nu": SECOND},
