@@ -50,7 +50,8 @@ mistake is noticed when a hook is added or at the first call of the hooks, for a
 
 **The state is untouched.** An error is raised before anything is put into the state: the one that you passed has all
 its values, also if it was the last of several hooks that failed. In the example, training can go on with `state` as if
-the call had not been made.
+the call had not been made. (What JAX raises while a fire runs that had to take the memory of the old leaves, as
+`SurgeryHooks(donate=...)` allows, is another matter: these leaves are gone then, as they are in a donating train step.)
 
 ## The classes
 """

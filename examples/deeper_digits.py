@@ -22,8 +22,8 @@ import matplotlib
 import numpy as np
 import optax
 import plots
-import sklearn.datasets
 from matplotlib.figure import Figure
+from nnx_digits import load_data
 from tqdm import tqdm
 
 import flax_surgery_hooks as fsh
@@ -74,15 +74,6 @@ def deepen(leaves: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Arr
         "block_1_out/bias": jnp.zeros(WIDTH),
     }
     return {**leaves, **fresh}
-
-
-def load_data() -> tuple[Any, Any]:
-    """(pixels, labels) of 1,437 digits to train on and of 360 others."""
-    digits = sklearn.datasets.load_digits()
-    pixels, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
-    order = np.random.default_rng(0).permutation(len(labels))
-    train, test = order[360:], order[:360]
-    return (pixels[train], labels[train]), (pixels[test], labels[test])
 
 
 def make_hooks() -> fsh.SurgeryHooks:
