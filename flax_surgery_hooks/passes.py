@@ -132,7 +132,8 @@ def _place(leaf: Any) -> str:
     sharding = leaf.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         return f"{sharding.spec} of {dict(sharding.mesh.shape)}"
-    devices = sorted(f"{device.platform}:{device.id}" for device in sharding.device_set)  # str() differs by release
+    held: list[Any] = list(sharding.device_set)
+    devices = sorted(f"{device.platform}:{device.id}" for device in held)  # `str` differs by release
     return devices[0] if len(devices) == 1 else f"{len(devices)} devices"
 
 
