@@ -2,7 +2,7 @@
 
 python benchmarks/run.py [--fast]
 
-Of what an idle call costs above an empty callable, one test says that the step is an int that goes forward (an eighth of
+What an idle call costs above an empty callable: one test says that the step is an int that goes forward (an eighth of
 the floor), another that nothing is due, a third that there is a state (a sixteenth each), and the step is stored.
 """
 
