@@ -16,7 +16,7 @@ class TrainState(flax_train_state.TrainState):
     """`flax.training.train_state.TrainState` with one more field, for what surgeries keep in the train state.
 
     Attributes:
-      surgery: None until a surgery needs it.
+      surgery: None, or what `SurgeryHooks.init` puts there for surgeries that remember.
 
     >>> import jax.numpy as jnp, optax
     >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.1))
