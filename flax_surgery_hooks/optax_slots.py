@@ -93,6 +93,8 @@ _CONTRIB: dict[str, dict[str, Any]] = {
     "DoWGState": {"init_params": "param"},
     "MadgradState": {"grad_sum_sq": SECOND, "s": FIRST, "x0": "param"},
     "MechanicState": {"r": "none", "m": "none", "v": "none", "s": "none", "x0": "param"},
+    "MomoAdamState": {"exp_avg": FIRST, "exp_avg_sq": SECOND},
+    "MomoState": {"exp_avg": FIRST},
     "ProdigyState": {"exp_avg": FIRST, "exp_avg_sq": SECOND, "grad_sum": FIRST, "params0": "param"},
     "MuonState": {"mu": FIRST, "ns_coeffs": "none"},
     "ReduceLROnPlateauState": {},

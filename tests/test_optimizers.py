@@ -35,6 +35,8 @@ ROWS: dict[str, Callable[[], Any]] = {
     "lion": lambda: optax.lion(0.1),
     "madgrad": lambda: contrib.madgrad(0.1),
     "mechanize": lambda: contrib.mechanize(optax.sgd(0.1, momentum=0.9)),
+    "momo": lambda: contrib.momo(0.1),
+    "momo_adam": lambda: contrib.momo_adam(0.1),
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "nadam": lambda: optax.nadam(0.1),
     "optimistic_descent": lambda: optax.optimistic_gradient_descent(0.1),
@@ -77,7 +79,10 @@ def run(tx: Any, of_params: Callable[[Any], Any], of_gradient: Callable[[Any], A
         state = tx.init(mapped(params_at(0), of_params))
         for step in range(STEPS):
             gradient = mapped(gradients(step), of_gradient)
-            _, state = tx.update(gradient, state, mapped(params_at(step), of_params))
+            value = jnp.asarray(2.0 - 0.1 * step)  # the loss, which some ask for
+            _, state = optax.with_extra_args_support(tx).update(
+                gradient, state, mapped(params_at(step), of_params), value=value
+            )
     return state
 
 
