@@ -3,13 +3,13 @@
 See https://flax.readthedocs.io/en/latest/guides/model_surgery.html for what this replaces.
 """
 
-from flax_surgery_hooks import config as config
+from typing import TYPE_CHECKING, Any
+
 from flax_surgery_hooks import errors as errors
 from flax_surgery_hooks import metrics as metrics
 from flax_surgery_hooks import surgeries as surgeries
 from flax_surgery_hooks.adapters import bind as bind
 from flax_surgery_hooks.adapters import bind_nnx as bind_nnx
-from flax_surgery_hooks.config import register_surgery as register_surgery
 from flax_surgery_hooks.derived_schedules import at_epochs as at_epochs
 from flax_surgery_hooks.derived_schedules import at_fraction as at_fraction
 from flax_surgery_hooks.derived_schedules import cooldown as cooldown
@@ -31,3 +31,17 @@ from flax_surgery_hooks.slots import register_slot as register_slot
 from flax_surgery_hooks.surgery import Surgery as Surgery
 from flax_surgery_hooks.surgery import key_for as key_for
 from flax_surgery_hooks.train_state import TrainState as TrainState
+
+if TYPE_CHECKING:
+    from flax_surgery_hooks import config as config
+    from flax_surgery_hooks.config import register_surgery as register_surgery
+
+
+def __getattr__(name: str) -> Any:
+    """Configs are imported when they are first asked for: with ml_collections they are a third of the import."""
+    if name not in ("config", "register_surgery"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    config = importlib.import_module("flax_surgery_hooks.config")
+    return config if name == "config" else config.register_surgery

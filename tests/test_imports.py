@@ -5,10 +5,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+import flax_surgery_hooks as fsh
+
 FLOOR = "import flax, optax, clu.metrics"
 OURS = "import flax_surgery_hooks"
 # Pure Python and small; what is not in this list has to be imported where it is used.
-SMALL = {"flax_surgery_hooks", "ml_collections", "absl", "contextlib2", "six", "yaml", "_yaml"}
+SMALL = {"flax_surgery_hooks", "absl"}
 # Of the packages that are there anyway, the modules that they do not import by themselves.
 FURTHER = {"flax.training", "flax.training.train_state"}
 
@@ -39,6 +43,13 @@ def test_nothing_heavy_or_optional_is_imported_at_all():
     heavy = {"tensorflow", "tensorboard", "tensorboardX", "orbax", "matplotlib", "sklearn", "torch", "rich", "tqdm"}
     assert {name for name in imported(OURS) if package(name) in heavy} <= imported(FLOOR)
     assert {"clu.metric_writers", "clu.periodic_actions", "orbax.checkpoint"}.isdisjoint(imported(OURS))
+
+
+def test_configs_are_there_when_they_are_asked_for():
+    asked = f"{OURS} as fsh; assert fsh.config.hook; assert fsh.register_surgery is fsh.config.register_surgery"
+    assert "ml_collections" in imported(asked) - imported(OURS)
+    with pytest.raises(AttributeError, match="'flax_surgery_hooks' has no attribute 'confg'"):
+        fsh.confg  # noqa: B018
 
 
 def test_the_comparison_sees_an_import():
