@@ -47,6 +47,8 @@ ROWS: dict[str, Callable[[], Any]] = {
     "simplified_ademamix": lambda: contrib.simplified_ademamix(0.1),
     "yogi": lambda: optax.yogi(0.1),
 }
+if not hasattr(contrib, "madgrad"):  # before optax 0.2.7
+    del ROWS["madgrad"]
 EPSILONS = {"adabelief", "adadelta", "adan", "adopt", "rmsprop", "yogi"}
 """Those whose slots see an eps, which does not scale with gradients, or a sign of a difference of squares."""
 GLOBAL = {"dadapt_adamw", "dog", "dowg", "mechanize", "prodigy"}
