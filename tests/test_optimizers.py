@@ -47,7 +47,7 @@ ROWS: dict[str, Callable[[], Any]] = {
     "simplified_ademamix": lambda: contrib.simplified_ademamix(0.1),
     "yogi": lambda: optax.yogi(0.1),
 }
-if not hasattr(contrib, "madgrad"):  # before optax 0.2.7
+if not hasattr(contrib, "madgrad"):  # an older optax
     del ROWS["madgrad"]
 EPSILONS = {"adabelief", "adadelta", "adan", "adopt", "rmsprop", "yogi"}
 """Those whose slots see an eps, which does not scale with gradients, or a sign of a difference of squares."""
