@@ -89,3 +89,20 @@ def test_idle_calls_read_nothing_of_the_state():
     hooks, _ = running_hooks(5)
     anything = object()
     assert all(hooks(step, anything) is anything for step in (6, 7, 9, 10))
+
+
+@pytest.mark.parametrize("step", [jnp.int32(1), np.int64(1), True, 1.0])
+def test_a_call_before_the_loop_does_not_vouch_for_the_one_in_it(step):
+    hooks = tiny.make_hooks(halve, fsh.at(10**15))
+    state = hooks(0, make_state(0))
+    with pytest.raises(StepError, match="a Python int of at least 0"):
+        hooks(step, state)
+
+
+def test_a_step_of_another_sort_in_an_idle_call_is_noticed_where_something_is_due():
+    hooks = tiny.make_hooks(halve, fsh.at(9))
+    state = make_state(1)
+    for step in (1, 2, 3, 4.0):
+        state = hooks(step, state)
+    with pytest.raises(StepError, match="a Python int of at least 0"):
+        hooks(9.0, state)
