@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,9 +16,11 @@ import numpy as np
 import optax
 
 from flax_surgery_hooks import slot_probe
-from flax_surgery_hooks.errors import SlotError, StateError, shorten
-from flax_surgery_hooks.paths import KeyPath, Leaves, listed
+from flax_surgery_hooks.errors import SlotError
+from flax_surgery_hooks.layouts import Laid, Layout, Made
+from flax_surgery_hooks.paths import KeyPath, Leaves
 from flax_surgery_hooks.rules import KINDS, check_choice
+from flax_surgery_hooks.slot_checks import check_made, initial
 
 Preceding = tuple[type, ...]
 Kind = str | tuple[str, ...]
@@ -33,6 +38,9 @@ class Slot:
       name: class and field, such as "ScaleByAdamState.mu".
       group: the same for the slots of all parameters that come from one field of one state.
       init: the constant that `tx.init` fills it with, or None if that is no constant.
+      laid: how it lies if it is not shaped like the parameter, else None.
+      offset: where it begins in a vector that holds the slots of all parameters (`optax.flatten`), else None.
+      counted: whether the optimizer counts steps per element, so that second moments start from `init` in any case.
     """
 
     index: int
@@ -41,6 +49,29 @@ class Slot:
     name: str
     group: str
     init: float | None
+    laid: Laid | None = None
+    offset: int | None = None
+    counted: bool = False
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A leaf of the optimizer state that belongs to no parameter and is made anew when one of them is edited.
+
+    Attributes:
+      index: its place among the flattened leaves of `opt_state`.
+      name: class and field.
+      when: "edit": by any; "unpreserved": by one whose slots do not follow by the chain rule; "reshape": by one that
+        changes shapes.
+      state: where its state lies, as `Slot.group` begins.
+      init: the constant that `tx.init` fills it with.
+    """
+
+    index: int
+    name: str
+    when: str
+    state: str
+    init: float
 
 
 @dataclass(frozen=True)
@@ -51,20 +82,44 @@ class _Field:
     state: type
     field: str
     preceding: Preceding
+    layout: Layout | None = None
+    flat: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.state.__name__}.{self.field}"
 
 
+class _Traits(NamedTuple):
+    """What is known of a state class beside the kinds of its fields; see `register_slot`."""
+
+    layout: Layout | None = None
+    restarts: Mapping[str, str] = {}
+    counted: bool = False
+
+
 _REGISTRY: dict[type, dict[str, KindOf]] = {}
+_TRAITS: dict[type, _Traits] = {}
+RESTARTS = ("edit", "unpreserved", "reshape")
 
 
-def register_slot(state: type, **fields: KindOf) -> None:
-    """Adds what parameter-shaped fields of an optimizer state hold; scalar fields of a registered class follow no edit.
+def register_slot(
+    state: type,
+    /,
+    *,
+    layout: Layout | None = None,
+    restarts: Mapping[str, str] | None = None,
+    counted: bool = False,
+    **fields: KindOf,
+) -> None:
+    """Adds what the fields of an optimizer state hold; scalar fields of a registered class follow no edit.
 
     Args:
       state: the state's class, a NamedTuple or dataclass.
+      layout: how slots lie that are not shaped like their parameter, here and in states within; see `layouts`.
+      restarts: field that belongs to no parameter -> when it has to be made anew: after any "edit", after one that is
+        "unpreserved" (slots do not follow by the chain rule), or after a "reshape".
+      counted: whether the state counts steps per element, so that second moments without history start from `tx.init`.
       **fields: per field one of `rules.KINDS`, or a function from the tuple of state classes that precede this one in
         the chain to a kind, or to a tuple of possible kinds, among which the numeric probe decides.
 
@@ -78,12 +133,16 @@ def register_slot(state: type, **fields: KindOf) -> None:
     >>> register_slot(MyMomentum, trace="grad")
     """
     known = getattr(state, "_fields", None) or tuple(getattr(state, "__dataclass_fields__", {}))
-    for field, kind in fields.items():
+    for field in (*fields, *(restarts or {})):
         if field not in known:
             raise SlotError(f"{state.__name__} has no field {field!r}.", found=f"fields {', '.join(known)}")
+    for when in (restarts or {}).values():
+        check_choice(when, RESTARTS, "time of a restart")
+    for kind in fields.values():
         for one in () if callable(kind) else (kind,) if isinstance(kind, str) else kind:
             check_choice(one, KINDS, "kind of slot")
     _REGISTRY[state] = _REGISTRY.get(state, {}) | fields
+    _TRAITS[state] = _Traits(layout, restarts or {}, counted)
     find_slots.cache_clear()
 
 
@@ -99,6 +158,15 @@ def slots_of(tx: Any, opt_state: Any, params: Leaves) -> dict[int, tuple[Slot, .
       SlotError: a state or field of unknown meaning, or one whose registered kind the probe contradicts.
       StateError: `opt_state` is not what `tx.init` makes for these parameters.
     """
+    return _found(tx, opt_state, params).slots
+
+
+def restarts_of(tx: Any, opt_state: Any, params: Leaves) -> tuple[Restart, ...]:
+    """The leaves of an optimizer state that have to be made anew after edits; arguments as for `slots_of`."""
+    return _found(tx, opt_state, params).restarts
+
+
+def _found(tx: Any, opt_state: Any, params: Leaves) -> Found:
     shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in map(as_abstract, params.values))
     items, treedef = jax.tree_util.tree_flatten_with_path(opt_state)
     slot_shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in (as_abstract(leaf) for _, leaf in items))
@@ -113,6 +181,13 @@ def as_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jnp.asarray(leaf))
 
 
+class Found(NamedTuple):
+    """What an optimizer state holds: slots by the place of their parameter, and leaves that are made anew."""
+
+    slots: dict[int, tuple[Slot, ...]]
+    restarts: tuple[Restart, ...]
+
+
 @functools.lru_cache(maxsize=32)
 def find_slots(
     tx: Any,
@@ -121,50 +196,115 @@ def find_slots(
     params_treedef: Any,
     param_keys: tuple[KeyPath, ...],
     param_shapes: tuple[tuple[tuple[int, ...], Any], ...],
-) -> dict[int, tuple[Slot, ...]]:
-    """`slots_of` on what is hashable, so that it is done once per optimizer and structure."""
+) -> Found:
+    """`slots_of` and `restarts_of` on what is hashable, so that it is done once per optimizer and structure."""
     opt_state = jax.tree.unflatten(opt_treedef, [jax.ShapeDtypeStruct(*shape) for shape in slot_shapes])
-    _check_made(_initial(tx, params_treedef, param_shapes), opt_state)
-    fields = list(_fields(opt_state, _Mirrored(param_keys, _named_tuples(params_treedef))))
-    if not fields:
-        return {}
-    places = list(_places(opt_state, fields, param_keys))
+    check_made(initial(tx, params_treedef, param_shapes), opt_state)
+    mirrored = _Mirrored(param_keys, _named_tuples(params_treedef), _sizes(param_shapes))
+    fields = list(_walk(opt_state, _Context(), mirrored))
+    places = list(_places(opt_state, fields, param_keys, mirrored.sizes))
     places = [place for place in places if jnp.issubdtype(param_shapes[place.owner][1], jnp.inexact)]
+    anew = list(_restarts(opt_state))
+    if not places and not anew:
+        return Found({}, ())
     stands_for = _representatives(places, param_shapes)
-    probed = slot_probe.probe(tx, params_treedef, param_shapes, tuple(sorted(set(stands_for.values()))))
+    chosen = set(stands_for.values()) or {0}
+    probed = slot_probe.probe(tx, params_treedef, param_shapes, tuple(sorted(chosen)))
+    laid = _lying(places, slot_shapes, param_shapes, Made(tx, params_treedef, param_shapes, 0, 0))
     found: dict[int, list[Slot]] = {}
     for place in places:
-        keys = (*place.field.keys, *param_keys[stands_for[place.owner]], *place.layout)
-        kind = _kind(place.field, probed.verdicts[keys])
-        slot = Slot(place.place, place.owner, kind, place.field.name, place.group, probed.init[keys])
+        keys = place.keys(param_keys[stands_for[place.owner]])
+        kind, init = _kind(place.field, probed.verdicts[keys]), probed.init[keys]
+        slot = Slot(place.index, place.owner, kind, place.field.name, place.group, init, laid.get(place), place.offset,
+                    _TRAITS[place.field.state].counted)  # fmt: skip
         found.setdefault(place.owner, []).append(slot)
-    return {owner: tuple(slots) for owner, slots in found.items()}
+    restarts = tuple(dataclasses.replace(one, init=probed.init.get(keys) or 0.0) for keys, one in anew)
+    return Found({owner: tuple(slots) for owner, slots in found.items()}, restarts)
 
 
 class _Place(NamedTuple):
-    """Where a slot lies: among the leaves of `opt_state`, of which parameter, and what of its path lies below that."""
+    """Where a slot lies: among the leaves of `opt_state`, of which parameter, what of its path lies below that, and
+    where it begins in a vector of all parameters.
+    """
 
-    place: int
+    index: int
     owner: int
     field: _Field
     layout: KeyPath
+    offset: int | None = None
 
     @property
     def group(self) -> str:
         return jax.tree_util.keystr(self.field.keys) + "".join(map(str, self.layout))
 
+    def keys(self, param: KeyPath) -> KeyPath:
+        """The key path of such a slot of the parameter at this path."""
+        return self.field.keys if self.offset is not None else (*self.field.keys, *param, *self.layout)
 
-def _places(opt_state: Any, fields: list[_Field], param_keys: tuple[KeyPath, ...]) -> Iterator[_Place]:
+
+def _places(
+    opt_state: Any, fields: list[_Field], param_keys: tuple[KeyPath, ...], sizes: tuple[int, ...]
+) -> Iterator[_Place]:
     owners = _by_keys(param_keys)
     by_root = {field.keys: field for field in fields}
     for index, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(opt_state)[0]):
         field = next((by_root[keys[:n]] for n in range(len(keys) + 1) if keys[:n] in by_root), None)
         if field is None:
             continue
+        if field.flat:
+            offsets = itertools.accumulate(sizes, initial=0)
+            yield from (_Place(index, i, field, (), offset) for i, offset in zip(range(len(sizes)), offsets))
+            continue
         rest = keys[len(field.keys) :]
         owner = _owner(rest, owners)
         if owner is not None:
             yield _Place(index, owner, field, rest[len(param_keys[owner]) :])
+
+
+def _lying(
+    places: list[_Place], slot_shapes: slot_probe.Shapes, param_shapes: slot_probe.Shapes, made: Made
+) -> dict[_Place, Laid]:
+    """How those slots lie that are not shaped like their parameter."""
+    beside: dict[tuple[int, type], list[tuple[int, ...]]] = {}
+    for place in places:
+        if place.field.layout is not None:
+            beside.setdefault((place.owner, type(place.field.layout)), []).append(slot_shapes[place.index][0])
+    laid = {}
+    for place in places:
+        layout, leaf = place.field.layout, param_shapes[place.owner][0]
+        if layout is None or place.offset is not None:
+            continue
+        shape = slot_shapes[place.index][0]
+        if not layout.applies(shape, leaf, beside[place.owner, type(layout)]):
+            continue
+        bundle = {
+            "": place.group,
+            "keys": jax.tree_util.keystr(place.field.keys),
+            "fields": jax.tree_util.keystr(place.field.keys[:-1]),
+        }[layout.joins]
+        laid[place] = Laid(layout, bundle, leaf, dataclasses.replace(made, owner=place.owner, index=place.index))
+    return laid
+
+
+def _restarts(opt_state: Any) -> Iterator[tuple[KeyPath, Restart]]:
+    """The leaves that are registered to be made anew, with their key paths."""
+    states: dict[KeyPath, Any] = {}
+
+    def visit(node: Any, keys: KeyPath) -> None:
+        if type(node) in _TRAITS and _TRAITS[type(node)].restarts:
+            states[keys] = type(node)
+        if not isinstance(node, jax.ShapeDtypeStruct):
+            for child_keys, child in _children(node):
+                visit(child, (*keys, *child_keys))
+
+    visit(opt_state, ())
+    for index, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(opt_state)[0]):
+        state = states.get(keys[:-1])
+        if state is not None and keys[-1].name in _TRAITS[state].restarts:
+            name = keys[-1].name
+            when = _TRAITS[state].restarts[name]
+            at = jax.tree_util.keystr(keys[:-1])
+            yield keys, Restart(index, f"{state.__name__}.{name}", when, at, 0.0)
 
 
 def _representatives(places: list[_Place], shapes: slot_probe.Shapes) -> dict[int, int]:
@@ -183,48 +323,6 @@ def _representatives(places: list[_Place], shapes: slot_probe.Shapes) -> dict[in
             alike.append(owner)
         stands_for[owner] = alike[-1]
     return stands_for
-
-
-def _initial(tx: Any, params_treedef: Any, shapes: slot_probe.Shapes) -> Any:
-    params = jax.tree.unflatten(params_treedef, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-    try:
-        return jax.eval_shape(tx.init, params)
-    except Exception as error:
-        raise StateError(
-            f"`tx.init` fails on the parameters of the state: {type(error).__name__}: {shorten(error, 200)}",
-            write="the very `tx` of the state",
-        ) from error
-
-
-def _check_made(made: Any, held: Any) -> None:
-    """Raises unless an optimizer state has the structure and shapes that `tx.init` makes.
-
-    Raises:
-      StateError: it has not.
-    """
-    structure: Any = jax.tree.structure(held)
-    if structure != jax.tree.structure(made):
-        found = shorten(structure)
-    else:
-        items = jax.tree_util.tree_flatten_with_path(held)[0]
-        pairs = [(keys, a.shape, b.shape) for (keys, a), b in zip(items, jax.tree.leaves(made), strict=True)]
-        wrong = [
-            f"opt_state{jax.tree_util.keystr(keys)} {list(a)} instead of {list(b)}" for keys, a, b in pairs if a != b
-        ]
-        if not wrong:
-            return
-        found = listed(wrong, 3)
-        if all(a == b or (len(a) == 1 and b == ()) for _, a, b in pairs):  # counts; the parameters look alike
-            raise StateError(
-                "The state is replicated for pmap: every leaf has a leading device axis.",
-                found=found,
-                write="flax.jax_utils.unreplicate before the call, and flax.jax_utils.replicate after it",
-            )
-    raise StateError(
-        "The optimizer state is not what `tx.init` makes for these parameters.",
-        found=found,
-        write="state.replace(opt_state=tx.init(params)) with the very `tx` of the state",
-    )
 
 
 def _by_keys(param_keys: tuple[KeyPath, ...]) -> dict[KeyPath, int]:
@@ -261,10 +359,16 @@ class _Mirrored(NamedTuple):
     Attributes:
       keys: key path of each.
       containers: NamedTuple classes among their containers, which are no optimizer states.
+      sizes: number of elements of each.
     """
 
     keys: tuple[KeyPath, ...]
     containers: frozenset[type]
+    sizes: tuple[int, ...]
+
+
+def _sizes(shapes: slot_probe.Shapes) -> tuple[int, ...]:
+    return tuple(math.prod(shape) for shape, _ in shapes)
 
 
 def _named_tuples(treedef: Any) -> frozenset[type]:
@@ -273,32 +377,54 @@ def _named_tuples(treedef: Any) -> frozenset[type]:
     return frozenset(here).union(*map(_named_tuples, treedef.children()))
 
 
-def _fields(opt_state: Any, mirrored: _Mirrored) -> Iterator[_Field]:
-    yield from _walk(opt_state, (), None, "", (), mirrored)
+class _Context(NamedTuple):
+    """Where the walk is: the key path, the nearest enclosing state and its field, the transforms before it, and the
+    layout that enclosing states are registered with.
+    """
+
+    keys: KeyPath = ()
+    state: type | None = None
+    field: str = ""
+    preceding: Preceding = ()
+    layout: Layout | None = None
 
 
-def _walk(
-    node: Any, keys: KeyPath, state: type | None, field: str, preceding: Preceding, mirrored: _Mirrored
-) -> Iterator[_Field]:
-    """Yields the fields below `node`, which lies in `field` of the nearest enclosing `state`."""
-    if not jax.tree.leaves(node):
+def _walk(node: Any, at: _Context, mirrored: _Mirrored) -> Iterator[_Field]:
+    """Yields the fields below `node`."""
+    if isinstance(node, slot_probe.MEASUREMENTS) or not jax.tree.leaves(node):
         return
-    if state is not None and _mirrors(node, state, field, mirrored):
-        _check_known(state, field)
-        if _REGISTRY[state][field] != "none":
-            yield _Field(keys, state, field, preceding)
+    flat = _is_flat(node, at, mirrored)
+    if at.state is not None and (flat or _mirrors(node, at.state, at.field, mirrored)):
+        _check_known(at.state, at.field)
+        if _REGISTRY[at.state][at.field] != "none":
+            yield _Field(at.keys, at.state, at.field, at.preceding, at.layout, flat)
         return
     if isinstance(node, jax.ShapeDtypeStruct):
-        _check_follows_nothing(node, state, field)
+        _check_follows_nothing(node, at.state, at.field)
         return
     is_chain = isinstance(node, tuple) and not hasattr(node, "_fields")
-    unordered = isinstance(node, dict) and state is not optax.transforms.PartitionState
-    before = (*preceding, object) if unordered else preceding
+    unordered = isinstance(node, dict) and at.state is not optax.transforms.PartitionState
+    before = (*at.preceding, object) if unordered else at.preceding
     for child_keys, child in _children(node):
-        here, name = (type(node), child_keys[0].name) if hasattr(node, "_fields") else (state, field)
-        yield from _walk(child, (*keys, *child_keys), here, name, before, mirrored)
+        here = at._replace(keys=(*at.keys, *child_keys), preceding=before)
+        if hasattr(node, "_fields"):
+            here = here._replace(state=type(node), field=child_keys[0].name, layout=_layout(type(node), at.layout))
+        yield from _walk(child, here, mirrored)
         if is_chain:
             before = (*before, *_state_types(child))
+
+
+def _layout(state: type, outer: Layout | None) -> Layout | None:
+    own = _TRAITS[state].layout if state in _TRAITS else None
+    return outer if own is None else own
+
+
+def _is_flat(node: Any, at: _Context, mirrored: _Mirrored) -> bool:
+    """Whether `node` is one vector for all parameters, as `optax.flatten` makes of each field."""
+    if not isinstance(node, jax.ShapeDtypeStruct) or mirrored.keys == ((),) or at.state is None:
+        return False
+    declared = _REGISTRY.get(at.state, {}).get(at.field, "none") != "none"
+    return declared and node.shape == (sum(mirrored.sizes),)
 
 
 def _children(node: Any) -> list[tuple[KeyPath, Any]]:
