@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from flax_surgery_hooks import memory
+from flax_surgery_hooks import memory, optimizer_edits
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.operate import Outcome, needs_key, record_of, run, run_abstractly
 from flax_surgery_hooks.operate import commit as put_outcome
@@ -37,6 +37,8 @@ ON_ERROR = ("raise", "skip")
 
 def foresee(operation: Operation, state: Any, name: str, key: Any, inputs: dict[str, Any], reshape: Reshape) -> Any:
     """The state after a fire, abstractly: raises whatever a fire on leaves of these shapes would."""
+    if operation.edit.edit_optimizer is not None:
+        return optimizer_edits.look_ahead(operation, state, key, inputs, reshape)
     parts = take_apart(state)
     plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
     reshape.check_paths(state, plan)
@@ -72,6 +74,9 @@ def prepare(
     programs: Programs, state: Any, name: str, key: Any, step: int, inputs: dict[str, Any], reshape: Reshape
 ) -> None:
     """Raises whatever a fire on this state would raise, and edits nothing."""
+    if programs.operation.edit.edit_optimizer is not None:
+        optimizer_edits.look_ahead(programs.operation, state, key, inputs, reshape)
+        return
     operation, parts = programs.operation, take_apart(state)
     reshape.check(state)
     plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
@@ -97,6 +102,8 @@ def fire(
 
     Waits for nothing, unless shapes or paths change: then for the guard's verdict.
     """
+    if programs.operation.edit.edit_optimizer is not None:
+        return optimizer_edits.fire(programs.operation, state, key, step, inputs, commit=commit)
     operation, parts = programs.operation, take_apart(state)
     remembered = memory.held(state, name, operation)
     plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)

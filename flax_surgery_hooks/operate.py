@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks import checks, donation, rules
+from flax_surgery_hooks import checks, donation, optimizer_edits, rules
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
-from flax_surgery_hooks.errors import InputError, RefusedError, StateError
+from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError
 from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
@@ -85,10 +85,13 @@ def operate(
             f"The surgery {operation.edit.name} remembers; `operate` has no place for that between two calls.",
             write="hooks.add(...), hooks.init(state), and hooks.fire(name, state)",
         )
-    if key is None and "key" in (*operation.edit.wants, *operation.edit.fold_wants):
+    if key is None and "key" in operation.edit.needs:
         raise InputError(f"The surgery {operation.edit.name} draws random numbers.", write="key=jax.random.key(0)")
     step = getattr(state, "step", None) if step is None else step
     step = 0 if step is None else step  # a state may have none
+    if operation.edit.edit_optimizer is not None:
+        ran = optimizer_edits.run(operation, state, key, step, traced_inputs)
+        return ran.state, dataclasses.replace(ran.record, event="settled", seconds=time.perf_counter() - start)
     plan = plan_units(operation, parts, key, traced_inputs)
     arrays = [arrays_of(unit, parts) for unit in plan]
     given = (arrays, key, step, traced_inputs)
@@ -156,10 +159,16 @@ def make_operation(
       SurgeryFunctionError, SelectionError, RuleError: what is wrong with it.
     """
     edit = as_edit(surgery)
+    if edit.edits_state and opt_state is not None:
+        raise RuleError(
+            f"The surgery {edit.name} says itself what becomes of the optimizer state.",
+            found=f"opt_state={opt_state!r}",
+            write="no opt_state=",
+        )
     return Operation(
         edit,
         select(params, exclude=exclude, expect=expect),
-        rules.slot_rules(opt_state, edit.preserves),
+        rules.slot_rules("keep" if edit.edits_state else opt_state, edit.preserves),
         rules.check_choice(fresh, rules.FRESH, "value of fresh="),
         rules.check_choice(guard, rules.GUARDS, "guard"),
         figures,
