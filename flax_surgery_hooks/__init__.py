@@ -34,14 +34,17 @@ from flax_surgery_hooks.train_state import TrainState as TrainState
 
 if TYPE_CHECKING:
     from flax_surgery_hooks import config as config
+    from flax_surgery_hooks import optax as optax
     from flax_surgery_hooks.config import register_surgery as register_surgery
 
 
 def __getattr__(name: str) -> Any:
-    """Configs are imported when they are first asked for: with ml_collections they are a third of the import."""
-    if name not in ("config", "register_surgery"):
+    """Imported when first asked for: configs, which with ml_collections are a third of the import, and transforms."""
+    if name not in ("config", "optax", "register_surgery"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name == "optax":
+        return importlib.import_module("flax_surgery_hooks.optax")
     config = importlib.import_module("flax_surgery_hooks.config")
     return config if name == "config" else config.register_surgery

@@ -105,6 +105,35 @@ def slots_of(tx: Any, opt_state: Any, params: Leaves) -> dict[int, tuple[Slot, .
     return find_slots(tx, treedef, slot_shapes, params.treedef, params.keys, shapes)
 
 
+def owners_of(opt_state: Any, params: Any) -> dict[int, int]:
+    """Which parameter a leaf of an optimizer state belongs to, by structure alone: of any state, traced or abstract.
+
+    Nothing has to be registered. One bare array has no path to recognise its slots by: put it into a dict.
+
+    Args:
+      opt_state: state of any optimizer.
+      params: the parameters, or anything of the same key paths.
+
+    Returns:
+      Place among the leaves of `opt_state` -> place of its parameter among those of `params`; what belongs to no
+      single parameter is missing.
+
+    >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    >>> owners_of(optax.adam(0.1).init(params), params)  # count, mu/a, mu/b, nu/a, nu/b
+    {1: 0, 2: 1, 3: 0, 4: 1}
+    """
+    items, treedef = jax.tree_util.tree_flatten_with_path(params)
+    mirrored = _Mirrored(tuple(keys for keys, _ in items), _named_tuples(treedef))
+    owners = _by_keys(mirrored.keys)
+    roots = tuple(_roots(opt_state, (), mirrored))
+    found = {}
+    for index, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(opt_state)[0]):
+        below = [keys[len(root) :] for root in roots if keys[: len(root)] == root]
+        if below and (owner := _owner(below[0], owners)) is not None:
+            found[index] = owner
+    return found
+
+
 def as_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, a number or an abstract array."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
@@ -299,6 +328,17 @@ def _walk(
         yield from _walk(child, (*keys, *child_keys), here, name, before, mirrored)
         if is_chain:
             before = (*before, *_state_types(child))
+
+
+def _roots(node: Any, keys: KeyPath, mirrored: _Mirrored) -> Iterator[KeyPath]:
+    """Paths of the nodes below `node` that mirror the parameters, of states that nobody has registered too."""
+    if not jax.tree.leaves(node) or jax.tree_util.treedef_is_leaf(jax.tree.structure(node)):
+        return
+    if _mirrors(node, object, "", mirrored):
+        yield keys
+        return
+    for child_keys, child in _children(node):
+        yield from _roots(child, (*keys, *child_keys), mirrored)
 
 
 def _children(node: Any) -> list[tuple[KeyPath, Any]]:

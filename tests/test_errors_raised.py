@@ -29,7 +29,7 @@ from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Rei
 
 ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "config", "config_export", "config_fields",
              "config_hook", "config_reading", "config_registry", "config_writing", "derived_schedules", "errors",
-             "paths", "schedules", "selection", "writers")  # fmt: skip
+             "paths", "rewarm", "schedules", "selection", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))
