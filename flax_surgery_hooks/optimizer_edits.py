@@ -1,7 +1,7 @@
 """Surgeries on the optimizer as a whole: its hyperparameters, its switches, or another optimizer in its place.
 
-Such a surgery is a class with a method `edit_optimizer(optimizer)` instead of `__call__`. It is given an `Optimizer` and
-returns one, `optimizer.replace(opt_state=..., tx=...)`. What it leaves alone must stay the same objects. Further
+Such a surgery is a class with a method `edit_optimizer(optimizer)` instead of `__call__`. It is given an `Optimizer`
+and returns one, `optimizer.replace(opt_state=..., tx=...)`. What it leaves alone must stay the same objects. Further
 parameters are filled by name: `key`, `step` and the trainer's inputs. It runs on the host, operation by operation, on
 concrete values, and on abstract ones under `jax.eval_shape`, so that whatever it raises is raised at the first call:
 it must not look at values. New leaves keep dtype, weak type and placement of those they replace, so that a compiled
@@ -82,7 +82,7 @@ class Optimizer:
                 write='params="**"',
             )
 
-    def map_states(self, kinds: tuple[type, ...], edit: Callable[[Any], Any]) -> tuple[Any, int]:
+    def map_states(self, kinds: tuple[Any, ...], edit: Callable[[Any], Any]) -> tuple[Any, int]:
         """The state with every transform's state of these classes, however deep, edited; and how many there are.
 
         Args:
@@ -95,7 +95,7 @@ class Optimizer:
             if not isinstance(node, kinds):
                 return node
             found.append(node)
-            return edit(type(node)(*(below(child) for child in node)))
+            return edit(type(node)(*map(below, node)))
 
         def below(tree: Any) -> Any:
             return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, kinds))
@@ -134,7 +134,8 @@ def run(operation: Operation, state: Any, key: Any, step: Any, inputs: Mapping[s
         after = _abstractly(operation, before, given)
     else:
         after = _edited(operation, before, key, step, inputs)
-    switched = after.tx is not before.tx or jax.tree.structure(after.opt_state) != jax.tree.structure(before.opt_state)
+    held: Any = jax.tree.structure(before.opt_state)
+    switched = after.tx is not before.tx or jax.tree.structure(after.opt_state) != held
     record = Record(
         surgery=json.dumps(describe(operation.edit.function)),
         paths=paths,
@@ -192,7 +193,8 @@ def _placed(before: Any, after: Any, *, may_reshape: bool) -> Any:
       StructureError: a leaf of another shape, though the optimizer is the same.
     """
     items, treedef = jax.tree_util.tree_flatten_with_path(before)
-    if jax.tree.structure(after) != treedef:
+    structure: Any = jax.tree.structure(after)
+    if structure != treedef:
         return after
     new = jax.tree.leaves(after)
     for (keys, old), leaf in zip(items, new, strict=True):
@@ -212,7 +214,7 @@ def like_held(old: Any, new: Any) -> Any:
     """A new value in the dtype, weak type and placement of the one it replaces; committed only if that is."""
     if new is old:
         return old
-    value = like(new, old)
+    value = like(new, old if hasattr(old, "dtype") else as_abstract(old))  # a number traces as a weak array
     if isinstance(old, jax.Array) and concrete((old, value)) and old.committed:
         return jax.device_put(value, old.sharding)
     return value
@@ -227,7 +229,7 @@ def look_ahead(operation: Operation, state: Any, key: Any, inputs: Mapping[str, 
     brought = [name for name in ("apply_fn", "tx") if getattr(reshape, name) is not None]
     if brought:
         raise StructureError(
-            f"The surgery {operation.edit.name} leaves all shapes as they are, and the hook brings parts for other ones.",
+            f"The surgery {operation.edit.name} leaves all shapes alone, and the hook brings parts for other ones.",
             found=", ".join(f"{name}=" for name in brought),
             write="no such argument; SwitchOptimizer(tx) takes the new optimizer",
         )

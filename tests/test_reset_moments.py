@@ -231,7 +231,9 @@ def test_leaves_of_one_shape_share_a_program():
 
 
 def test_configs_name_it_and_hooks_tell_it():
-    config = {"reset": fsh.config.hook("reset_moments", params="w", at=(1,), kinds=("grad",), fraction=0.5, by="random")}
+    config = {
+        "reset": fsh.config.hook("reset_moments", params="w", at=(1,), kinds=("grad",), fraction=0.5, by="random")
+    }
     hooks = fsh.SurgeryHooks.from_config(config)
     state = hooks(1, ADAM.replace(step=1))
     assert (np.asarray(state.opt_state[0].mu["w"]) == 0).sum() == 20
