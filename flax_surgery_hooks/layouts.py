@@ -209,10 +209,12 @@ class Projected:
         return all(math.prod(other) > 0 for other in beside) or math.prod(shape) == 0
 
     def lift(self, parts: Sequence[jax.Array], leaf: Shape) -> jax.Array:
-        """Not lifted: stays or starts anew."""
-        raise NotImplementedError
+        """Not called: they stay or start anew."""
+        return parts[0]
 
-    lower: Any = lift
+    def lower(self, moved: jax.Array, shapes: Sequence[Shape]) -> list[jax.Array]:
+        """Not called."""
+        return [moved]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ large it is of order 1 in the gradient, 16 times of order 2, equal of order 0; n
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,6 +48,8 @@ KIND_OF = {
     (1, -1): "grad", (2, 1): "grad_sq", (1, 1): "grad_abs", (0, -1): "update", (0, 1): "invariant",
     (-1, -1): "param_diff",
 }  # fmt: skip
+ARGUMENTS = (("value", "grad", "value_fn"), ("value", "obj_fn"), ("obj_fn",), ())
+"""Sets of arguments beside the gradients that `update` may ask for, in the order in which they are tried."""
 MEASUREMENTS = tuple(
     getattr(optax, name) for name in ("MonitorState", "SnapshotState") if hasattr(optax, name)
 )  # older releases lack some
@@ -90,7 +93,7 @@ def _probe(tx: Any, params_treedef: Any, shapes: Shapes, chosen: tuple[int, ...]
         params = jax.tree.unflatten(params_treedef, leaves)
         scaled = [[i % 2 == half or len(chosen) == 1 for i in range(len(chosen))] for half in (0, 1)]
         factors = np.array([[_factors(each, to) for to in (1.0, SCALE, -1.0)] for each in scaled], np.float32)
-        first, last = _streams(tx, params)(jnp.asarray(factors.reshape(6, len(chosen))))
+        first, last = _run(tx, params, jnp.asarray(factors.reshape(6, len(chosen))))
         items = jax.tree_util.tree_flatten_with_path(without_measurements(jax.eval_shape(tx.init, params)))[0]
         originals = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params) if _is_float(leaf)]
         originals.append(np.concatenate([leaf.ravel() for leaf in originals]))  # as `optax.flatten` has them
@@ -114,7 +117,15 @@ def _factors(scaled: list[bool], to: float) -> list[float]:
     return [SMALL * to if one else LARGE for one in scaled]
 
 
-def _streams(tx: Any, params: Any) -> Callable[[Any], tuple[Any, Any]]:
+def _run(tx: Any, params: Any, factors: jax.Array) -> tuple[Any, Any]:
+    """The streams, with the first set of further arguments that the optimizer takes."""
+    for arguments in ARGUMENTS[:-1]:
+        with contextlib.suppress(TypeError, ValueError):
+            return _streams(tx, params, arguments)(factors)
+    return _streams(tx, params, ARGUMENTS[-1])(factors)
+
+
+def _streams(tx: Any, params: Any, arguments: tuple[str, ...]) -> Callable[[Any], tuple[Any, Any]]:
     """A function from factors [streams, leaves] to the leaves of the initial and of the final states [streams, ...]."""
     transform = optax.with_extra_args_support(tx)
     leaves, treedef = jax.tree.flatten(params)
@@ -147,7 +158,8 @@ def _streams(tx: Any, params: Any) -> Callable[[Any], tuple[Any, Any]]:
 
         def loss(params: Any) -> jax.Array:
             floats = [leaf for leaf in jax.tree.leaves(params) if _is_float(leaf)]
-            return sum((jnp.sum((factor * leaf) ** 2) for factor, leaf in zip(factors, floats)), jnp.float32(0))
+            terms = [jnp.sum((factor * leaf) ** 2) for factor, leaf in zip(factors, floats, strict=False)]
+            return jnp.sum(jnp.stack(terms))
 
         return loss
 
@@ -155,8 +167,12 @@ def _streams(tx: Any, params: Any) -> Callable[[Any], tuple[Any, Any]]:
         state = transform.init(params)
         for step in range(STEPS):
             grads = gradients(step, factors)
-            given = {"value": jnp.float32(1), "grad": grads, "value_fn": lambda _: jnp.float32(1)}
-            _, state = transform.update(grads, state, moved(step, factors), obj_fn=objective(factors), **given)
+            known = {
+                "value": jnp.float32(1), "grad": grads, "value_fn": lambda _: jnp.float32(1),
+                "obj_fn": objective(factors),
+            }  # fmt: skip
+            given = {name: known[name] for name in arguments}
+            _, state = transform.update(grads, state, moved(step, factors), **given)
         return state
 
     return lambda factors: (_numbers(transform.init(params)), _numbers(jax.vmap(stream)(factors)))

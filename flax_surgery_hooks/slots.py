@@ -6,25 +6,32 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flax_surgery_hooks import slot_probe
 from flax_surgery_hooks.errors import SlotError
-from flax_surgery_hooks.layouts import Laid, Layout, Made
+from flax_surgery_hooks.layouts import Laid, Made
 from flax_surgery_hooks.paths import KeyPath, Leaves
-from flax_surgery_hooks.rules import KINDS, check_choice
 from flax_surgery_hooks.slot_checks import check_made, initial
-
-Preceding = tuple[type, ...]
-Kind = str | tuple[str, ...]
-KindOf = Kind | Callable[[Preceding], Kind]
+from flax_surgery_hooks.slot_registry import REGISTRY, TRAITS
+from flax_surgery_hooks.slot_registry import version as registry_version
+from flax_surgery_hooks.slot_walk import (
+    Context,
+    Field,
+    Mirrored,
+    by_keys,
+    children,
+    mirror_roots,
+    named_tuples,
+    owner_of,
+    walk,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class Slot:
     offset: int | None = None
     counted: bool = False
 
+    def shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
+        """Its shape when its parameter has this one."""
+        return leaf if self.laid is None else self.laid.made.shape(leaf)
+
 
 @dataclass(frozen=True)
 class Restart:
@@ -60,7 +71,7 @@ class Restart:
 
     Attributes:
       index: its place among the flattened leaves of `opt_state`.
-      name: class and field.
+      path: its key path there, as `jax.tree_util.keystr` writes it.
       when: "edit": by any; "unpreserved": by one whose slots do not follow by the chain rule; "reshape": by one that
         changes shapes.
       state: where its state lies, as `Slot.group` begins.
@@ -68,82 +79,10 @@ class Restart:
     """
 
     index: int
-    name: str
+    path: str
     when: str
     state: str
     init: float
-
-
-@dataclass(frozen=True)
-class _Field:
-    """A field of an optimizer state whose leaves mirror the parameters, before its kind is known."""
-
-    keys: KeyPath
-    state: type
-    field: str
-    preceding: Preceding
-    layout: Layout | None = None
-    flat: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.state.__name__}.{self.field}"
-
-
-class _Traits(NamedTuple):
-    """What is known of a state class beside the kinds of its fields; see `register_slot`."""
-
-    layout: Layout | None = None
-    restarts: Mapping[str, str] = {}
-    counted: bool = False
-
-
-_REGISTRY: dict[type, dict[str, KindOf]] = {}
-_TRAITS: dict[type, _Traits] = {}
-RESTARTS = ("edit", "unpreserved", "reshape")
-
-
-def register_slot(
-    state: type,
-    /,
-    *,
-    layout: Layout | None = None,
-    restarts: Mapping[str, str] | None = None,
-    counted: bool = False,
-    **fields: KindOf,
-) -> None:
-    """Adds what the fields of an optimizer state hold; scalar fields of a registered class follow no edit.
-
-    Args:
-      state: the state's class, a NamedTuple or dataclass.
-      layout: how slots lie that are not shaped like their parameter, here and in states within; see `layouts`.
-      restarts: field that belongs to no parameter -> when it has to be made anew: after any "edit", after one that is
-        "unpreserved" (slots do not follow by the chain rule), or after a "reshape".
-      counted: whether the state counts steps per element, so that second moments without history start from `tx.init`.
-      **fields: per field one of `rules.KINDS`, or a function from the tuple of state classes that precede this one in
-        the chain to a kind, or to a tuple of possible kinds, among which the numeric probe decides.
-
-    Raises:
-      RuleError: a kind that does not exist.
-      SlotError: the class has no such field.
-
-    >>> import typing
-    >>> class MyMomentum(typing.NamedTuple):
-    ...     trace: typing.Any
-    >>> register_slot(MyMomentum, trace="grad")
-    """
-    known = getattr(state, "_fields", None) or tuple(getattr(state, "__dataclass_fields__", {}))
-    for field in (*fields, *(restarts or {})):
-        if field not in known:
-            raise SlotError(f"{state.__name__} has no field {field!r}.", found=f"fields {', '.join(known)}")
-    for when in (restarts or {}).values():
-        check_choice(when, RESTARTS, "time of a restart")
-    for kind in fields.values():
-        for one in () if callable(kind) else (kind,) if isinstance(kind, str) else kind:
-            check_choice(one, KINDS, "kind of slot")
-    _REGISTRY[state] = _REGISTRY.get(state, {}) | fields
-    _TRAITS[state] = _Traits(layout, restarts or {}, counted)
-    find_slots.cache_clear()
 
 
 def slots_of(tx: Any, opt_state: Any, params: Leaves) -> dict[int, tuple[Slot, ...]]:
@@ -170,7 +109,37 @@ def _found(tx: Any, opt_state: Any, params: Leaves) -> Found:
     shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in map(as_abstract, params.values))
     items, treedef = jax.tree_util.tree_flatten_with_path(opt_state)
     slot_shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in (as_abstract(leaf) for _, leaf in items))
-    return find_slots(tx, treedef, slot_shapes, params.treedef, params.keys, shapes)
+    return find_slots(tx, treedef, slot_shapes, params.treedef, params.keys, shapes, registry_version())
+
+
+def owners_of(opt_state: Any, params: Any) -> dict[int, int]:
+    """Which parameter a leaf of an optimizer state belongs to, by structure alone: of any state, traced or abstract.
+
+    Nothing has to be registered. One bare array has no path to recognise its slots by: put it into a dict.
+
+    Args:
+      opt_state: state of any optimizer.
+      params: the parameters, or anything of the same key paths.
+
+    Returns:
+      Place among the leaves of `opt_state` -> place of its parameter among those of `params`; what belongs to no
+      single parameter is missing.
+
+    >>> import optax
+    >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    >>> owners_of(optax.adam(0.1).init(params), params)  # count, mu/a, mu/b, nu/a, nu/b
+    {1: 0, 2: 1, 3: 0, 4: 1}
+    """
+    items, treedef = jax.tree_util.tree_flatten_with_path(params)
+    mirrored = Mirrored(tuple(keys for keys, _ in items), named_tuples(treedef), ())
+    owners = by_keys(mirrored.keys)
+    roots = tuple(mirror_roots(opt_state, (), mirrored))
+    found = {}
+    for index, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(opt_state)[0]):
+        below = [keys[len(root) :] for root in roots if keys[: len(root)] == root]
+        if below and (owner := owner_of(below[0], owners)) is not None:
+            found[index] = owner
+    return found
 
 
 def as_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -196,12 +165,13 @@ def find_slots(
     params_treedef: Any,
     param_keys: tuple[KeyPath, ...],
     param_shapes: tuple[tuple[tuple[int, ...], Any], ...],
+    version: int,
 ) -> Found:
     """`slots_of` and `restarts_of` on what is hashable, so that it is done once per optimizer and structure."""
     opt_state = jax.tree.unflatten(opt_treedef, [jax.ShapeDtypeStruct(*shape) for shape in slot_shapes])
     check_made(initial(tx, params_treedef, param_shapes), opt_state)
-    mirrored = _Mirrored(param_keys, _named_tuples(params_treedef), _sizes(param_shapes))
-    fields = list(_walk(opt_state, _Context(), mirrored))
+    mirrored = Mirrored(param_keys, named_tuples(params_treedef), _sizes(param_shapes))
+    fields = list(walk(opt_state, Context(), mirrored))
     places = list(_places(opt_state, fields, param_keys, mirrored.sizes))
     places = [place for place in places if jnp.issubdtype(param_shapes[place.owner][1], jnp.inexact)]
     anew = list(_restarts(opt_state))
@@ -215,8 +185,8 @@ def find_slots(
     for place in places:
         keys = place.keys(param_keys[stands_for[place.owner]])
         kind, init = _kind(place.field, probed.verdicts[keys]), probed.init[keys]
-        slot = Slot(place.index, place.owner, kind, place.field.name, place.group, init, laid.get(place), place.offset,
-                    _TRAITS[place.field.state].counted)  # fmt: skip
+        slot = Slot(place.place, place.owner, kind, place.field.name, place.group, init, laid.get(place), place.offset,
+                    TRAITS[place.field.state].counted)  # fmt: skip
         found.setdefault(place.owner, []).append(slot)
     restarts = tuple(dataclasses.replace(one, init=probed.init.get(keys) or 0.0) for keys, one in anew)
     return Found({owner: tuple(slots) for owner, slots in found.items()}, restarts)
@@ -227,9 +197,9 @@ class _Place(NamedTuple):
     where it begins in a vector of all parameters.
     """
 
-    index: int
+    place: int
     owner: int
-    field: _Field
+    field: Field
     layout: KeyPath
     offset: int | None = None
 
@@ -243,20 +213,20 @@ class _Place(NamedTuple):
 
 
 def _places(
-    opt_state: Any, fields: list[_Field], param_keys: tuple[KeyPath, ...], sizes: tuple[int, ...]
+    opt_state: Any, fields: list[Field], param_keys: tuple[KeyPath, ...], sizes: tuple[int, ...]
 ) -> Iterator[_Place]:
-    owners = _by_keys(param_keys)
+    owners = by_keys(param_keys)
     by_root = {field.keys: field for field in fields}
     for index, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(opt_state)[0]):
         field = next((by_root[keys[:n]] for n in range(len(keys) + 1) if keys[:n] in by_root), None)
         if field is None:
             continue
         if field.flat:
-            offsets = itertools.accumulate(sizes, initial=0)
-            yield from (_Place(index, i, field, (), offset) for i, offset in zip(range(len(sizes)), offsets))
+            offsets = itertools.accumulate(sizes[:-1], initial=0)
+            yield from (_Place(index, owner, field, (), offset) for owner, offset in enumerate(offsets))
             continue
         rest = keys[len(field.keys) :]
-        owner = _owner(rest, owners)
+        owner = owner_of(rest, owners)
         if owner is not None:
             yield _Place(index, owner, field, rest[len(param_keys[owner]) :])
 
@@ -268,13 +238,13 @@ def _lying(
     beside: dict[tuple[int, type], list[tuple[int, ...]]] = {}
     for place in places:
         if place.field.layout is not None:
-            beside.setdefault((place.owner, type(place.field.layout)), []).append(slot_shapes[place.index][0])
+            beside.setdefault((place.owner, type(place.field.layout)), []).append(slot_shapes[place.place][0])
     laid = {}
     for place in places:
         layout, leaf = place.field.layout, param_shapes[place.owner][0]
-        if layout is None or place.offset is not None:
+        if layout is None or place.offset is not None or (layout.joins == "keys" and not place.layout):
             continue
-        shape = slot_shapes[place.index][0]
+        shape = slot_shapes[place.place][0]
         if not layout.applies(shape, leaf, beside[place.owner, type(layout)]):
             continue
         bundle = {
@@ -282,7 +252,7 @@ def _lying(
             "keys": jax.tree_util.keystr(place.field.keys),
             "fields": jax.tree_util.keystr(place.field.keys[:-1]),
         }[layout.joins]
-        laid[place] = Laid(layout, bundle, leaf, dataclasses.replace(made, owner=place.owner, index=place.index))
+        laid[place] = Laid(layout, bundle, leaf, dataclasses.replace(made, owner=place.owner, index=place.place))
     return laid
 
 
@@ -291,20 +261,18 @@ def _restarts(opt_state: Any) -> Iterator[tuple[KeyPath, Restart]]:
     states: dict[KeyPath, Any] = {}
 
     def visit(node: Any, keys: KeyPath) -> None:
-        if type(node) in _TRAITS and _TRAITS[type(node)].restarts:
+        if type(node) in TRAITS and TRAITS[type(node)].restarts:
             states[keys] = type(node)
         if not isinstance(node, jax.ShapeDtypeStruct):
-            for child_keys, child in _children(node):
+            for child_keys, child in children(node):
                 visit(child, (*keys, *child_keys))
 
     visit(opt_state, ())
     for index, (keys, _) in enumerate(jax.tree_util.tree_flatten_with_path(opt_state)[0]):
         state = states.get(keys[:-1])
-        if state is not None and keys[-1].name in _TRAITS[state].restarts:
-            name = keys[-1].name
-            when = _TRAITS[state].restarts[name]
-            at = jax.tree_util.keystr(keys[:-1])
-            yield keys, Restart(index, f"{state.__name__}.{name}", when, at, 0.0)
+        if state is not None and keys[-1].name in TRAITS[state].restarts:
+            when, at = TRAITS[state].restarts[keys[-1].name], jax.tree_util.keystr(keys[:-1])
+            yield keys, Restart(index, jax.tree_util.keystr(keys), when, at, 0.0)
 
 
 def _representatives(places: list[_Place], shapes: slot_probe.Shapes) -> dict[int, int]:
@@ -325,17 +293,8 @@ def _representatives(places: list[_Place], shapes: slot_probe.Shapes) -> dict[in
     return stands_for
 
 
-def _by_keys(param_keys: tuple[KeyPath, ...]) -> dict[KeyPath, int]:
-    return {keys: owner for owner, keys in enumerate(param_keys)}
-
-
-def _owner(rest: KeyPath, owners: dict[KeyPath, int]) -> int | None:
-    """The parameter whose whole key path `rest` begins with."""
-    return next((owners[rest[:n]] for n in range(len(rest) + 1) if rest[:n] in owners), None)
-
-
-def _kind(field: _Field, verdict: slot_probe.Verdict) -> str:
-    registered = _REGISTRY[field.state][field.field]
+def _kind(field: Field, verdict: slot_probe.Verdict) -> str:
+    registered = REGISTRY[field.state][field.field]
     allowed = registered(field.preceding) if callable(registered) else registered
     kinds = (allowed,) if isinstance(allowed, str) else allowed
     if verdict.kind is None or "none" in kinds:
@@ -350,152 +309,5 @@ def _kind(field: _Field, verdict: slot_probe.Verdict) -> str:
     )
 
 
-# The walk from the root of an optimizer state to the nodes that mirror the parameters.
-
-
-class _Mirrored(NamedTuple):
-    """The parameters that parts of an optimizer state mirror.
-
-    Attributes:
-      keys: key path of each.
-      containers: NamedTuple classes among their containers, which are no optimizer states.
-      sizes: number of elements of each.
-    """
-
-    keys: tuple[KeyPath, ...]
-    containers: frozenset[type]
-    sizes: tuple[int, ...]
-
-
 def _sizes(shapes: slot_probe.Shapes) -> tuple[int, ...]:
     return tuple(math.prod(shape) for shape, _ in shapes)
-
-
-def _named_tuples(treedef: Any) -> frozenset[type]:
-    node = treedef.node_data()
-    here = {node[0]} if node is not None and hasattr(node[0], "_fields") else set()
-    return frozenset(here).union(*map(_named_tuples, treedef.children()))
-
-
-class _Context(NamedTuple):
-    """Where the walk is: the key path, the nearest enclosing state and its field, the transforms before it, and the
-    layout that enclosing states are registered with.
-    """
-
-    keys: KeyPath = ()
-    state: type | None = None
-    field: str = ""
-    preceding: Preceding = ()
-    layout: Layout | None = None
-
-
-def _walk(node: Any, at: _Context, mirrored: _Mirrored) -> Iterator[_Field]:
-    """Yields the fields below `node`."""
-    if isinstance(node, slot_probe.MEASUREMENTS) or not jax.tree.leaves(node):
-        return
-    flat = _is_flat(node, at, mirrored)
-    if at.state is not None and (flat or _mirrors(node, at.state, at.field, mirrored)):
-        _check_known(at.state, at.field)
-        if _REGISTRY[at.state][at.field] != "none":
-            yield _Field(at.keys, at.state, at.field, at.preceding, at.layout, flat)
-        return
-    if isinstance(node, jax.ShapeDtypeStruct):
-        _check_follows_nothing(node, at.state, at.field)
-        return
-    is_chain = isinstance(node, tuple) and not hasattr(node, "_fields")
-    unordered = isinstance(node, dict) and at.state is not optax.transforms.PartitionState
-    before = (*at.preceding, object) if unordered else at.preceding
-    for child_keys, child in _children(node):
-        here = at._replace(keys=(*at.keys, *child_keys), preceding=before)
-        if hasattr(node, "_fields"):
-            here = here._replace(state=type(node), field=child_keys[0].name, layout=_layout(type(node), at.layout))
-        yield from _walk(child, here, mirrored)
-        if is_chain:
-            before = (*before, *_state_types(child))
-
-
-def _layout(state: type, outer: Layout | None) -> Layout | None:
-    own = _TRAITS[state].layout if state in _TRAITS else None
-    return outer if own is None else own
-
-
-def _is_flat(node: Any, at: _Context, mirrored: _Mirrored) -> bool:
-    """Whether `node` is one vector for all parameters, as `optax.flatten` makes of each field."""
-    if not isinstance(node, jax.ShapeDtypeStruct) or mirrored.keys == ((),) or at.state is None:
-        return False
-    declared = _REGISTRY.get(at.state, {}).get(at.field, "none") != "none"
-    return declared and node.shape == (sum(mirrored.sizes),)
-
-
-def _children(node: Any) -> list[tuple[KeyPath, Any]]:
-    return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda other: other is not node)[0]
-
-
-def _state_types(node: Any) -> tuple[type, ...]:
-    """The state classes of a transform, or of each in a nested chain."""
-    if isinstance(node, tuple) and not hasattr(node, "_fields"):
-        return tuple(kind for child in node for kind in _state_types(child))
-    return (type(node),)
-
-
-def _is_hole(node: Any) -> bool:
-    return node is None or isinstance(node, optax.MaskedNode)
-
-
-def _mirrors(node: Any, state: type, field: str, mirrored: _Mirrored) -> bool:
-    """Whether every leaf below `node` starts with a full parameter path and every parameter is covered.
-
-    A hole (`MaskedNode`, None) covers the parameters below it. What stands at a parameter's place may be a box or a
-    tuple of arrays, but no further state: labels of a partition can be equal to parameter names.
-    """
-    if mirrored.keys == ((),):  # one bare array: nothing to recognise by, so the registry decides
-        return field in _REGISTRY.get(state, {})
-
-    def is_state(node: Any) -> bool:
-        return _is_state(node) and type(node) not in mirrored.containers
-
-    items = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: _is_hole(x) or is_state(x))[0]
-    if any(is_state(leaf) for _, leaf in items):
-        return False
-    places = _by_keys(mirrored.keys)
-    owners = [_owner(keys, places) for keys, leaf in items if not _is_hole(leaf)]
-    if None in owners or not owners:
-        return False
-    holes = {keys for keys, leaf in items if _is_hole(leaf)}
-    covered = set(owners)
-    return all(
-        place in covered or any(keys[:n] in holes for n in range(len(keys) + 1)) for keys, place in places.items()
-    )
-
-
-def _is_state(node: Any) -> bool:
-    return isinstance(node, tuple) and hasattr(node, "_fields") and not isinstance(node, optax.MaskedNode)
-
-
-def _check_known(state: type, field: str) -> None:
-    if field in _REGISTRY.get(state, {}):
-        return
-    raise SlotError(
-        f"The field {field!r} of the optimizer state {state.__name__} mirrors the parameters, and what it holds "
-        "is unknown.",
-        found=f"class {state.__module__}.{state.__qualname__}",
-        write=f'fsh.register_slot({state.__name__}, {field}="grad") (or another of {", ".join(KINDS)}), '
-        'or opt_state="keep"',
-    )
-
-
-def _check_follows_nothing(leaf: Any, state: type | None, field: str) -> None:
-    """Counts, keys and the scalars of registered states follow no edit; anything else has to be declared."""
-    is_count = leaf.shape == () and not jnp.issubdtype(leaf.dtype, jnp.inexact)
-    declared = _REGISTRY.get(state, {}) if state is not None else {}
-    if is_count or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or declared.get(field) == "none":
-        return
-    if state in _REGISTRY and field not in declared and leaf.shape == ():
-        return
-    name = state.__name__ if state is not None else "the optimizer state"
-    raise SlotError(
-        f"The field {field!r} of {name} holds an array that does not mirror the parameters, and how it follows an edit "
-        "is unknown.",
-        found=f"{leaf.dtype}{list(leaf.shape)}",
-        write=f'fsh.register_slot({name}, {field}="none") if it follows no edit, or opt_state="keep"',
-    )
