@@ -27,21 +27,24 @@ from flax_surgery_hooks.schedules import Schedule as Schedule
 from flax_surgery_hooks.schedules import at as at
 from flax_surgery_hooks.schedules import every as every
 from flax_surgery_hooks.selection import select as select
-from flax_surgery_hooks.slots import register_slot as register_slot
+from flax_surgery_hooks.slot_registry import register_slot as register_slot
 from flax_surgery_hooks.surgery import Surgery as Surgery
 from flax_surgery_hooks.surgery import key_for as key_for
 from flax_surgery_hooks.train_state import TrainState as TrainState
 
 if TYPE_CHECKING:
     from flax_surgery_hooks import config as config
+    from flax_surgery_hooks import optax as optax
     from flax_surgery_hooks.config import register_surgery as register_surgery
 
 
 def __getattr__(name: str) -> Any:
-    """Configs are imported when they are first asked for: with ml_collections they are a third of the import."""
-    if name not in ("config", "register_surgery"):
+    """Imported when first asked for: configs, which with ml_collections are a third of the import, and transforms."""
+    if name not in ("config", "optax", "register_surgery"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name == "optax":
+        return importlib.import_module("flax_surgery_hooks.optax")
     config = importlib.import_module("flax_surgery_hooks.config")
     return config if name == "config" else config.register_surgery

@@ -27,18 +27,25 @@ def check_ahead(hooks: Sequence[Hook], last: int, state: Any, inputs: dict[str, 
     Raises:
       SurgeryError: what would be raised at the step in question.
     """
-    first_due = [(hook.when.next_step(last), order, hook) for order, hook in enumerate(hooks) if hook.reshape.declared]
+    first_due = [(hook.when.next_step(last), order, hook) for order, hook in enumerate(hooks) if _may_change(hook)]
     if not first_due:
         return
     fields = [name for name in ("params", "opt_state", "surgery") if hasattr(state, name)]
     ahead = state.replace(**{name: jax.tree.map(as_abstract, getattr(state, name)) for name in fields})
     for step, _, hook in sorted((due for due in first_due if due[0] is not None), key=lambda due: due[:2]):
         assert step is not None
-        ahead = _foresee(hook, ahead, inputs, seed)
+        before, ahead = ahead, _foresee(hook, ahead, inputs, seed)
+        if not hook.reshape.declared and ahead.tx is before.tx:
+            continue
         ahead = memory.fitted(ahead, [(each.name, each.operation) for each in hooks], seed, anew=True)
         for other in hooks:
             if other.when.next_step(step) is not None:
                 _foresee(other, ahead, inputs, seed)
+
+
+def _may_change(hook: Hook) -> bool:
+    """Whether a fire may leave other shapes, or another optimizer."""
+    return hook.reshape.declared or hook.operation.edit.edit_optimizer is not None
 
 
 def _foresee(hook: Hook, ahead: Any, inputs: dict[str, Any], seed: int) -> Any:

@@ -17,6 +17,7 @@ from flax_surgery_hooks.operate import make_operation
 from flax_surgery_hooks.rules import SlotRules, slot_rules
 from flax_surgery_hooks.schedules import AnyOf, At, Every, Schedule
 from flax_surgery_hooks.selection import Glob, Regex
+from flax_surgery_hooks.surgery import Edit
 
 
 def to_config(hooks: Iterable[Any], objects: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -60,7 +61,7 @@ def _entry(one: Any, report: Report) -> ConfigDict | None:
         "params": _patterns(operation.selection.include, report.at("params")),
         "exclude": _patterns(operation.selection.exclude, report.at("exclude")),
         "expect": operation.selection.expect,
-        "opt_state": _rules(operation.rules, operation.edit.preserves, report.at("opt_state")),
+        "opt_state": _rules(operation.rules, operation.edit, report.at("opt_state")),
         **_times(one.when, report.at("when")),
         "fresh": operation.fresh,
         "guard": operation.guard,
@@ -120,11 +121,13 @@ def _patterns(terms: tuple[Any, ...], report: Report) -> Any:
     return told[0] if len(told) == 1 else tuple(told) or None
 
 
-def _rules(rules: SlotRules, preserves: str, report: Report) -> Any:
+def _rules(rules: SlotRules, edit: Edit, report: Report) -> Any:
+    if edit.edits_state:
+        return None
     by_kind = dict(rules.by_kind)
     if not all(isinstance(rule, str) for rule in (rules.default, *by_kind.values())):
         report.add("is a function, which no config can hold; write the name of a rule")
-    return by_kind or (None if rules == slot_rules(None, preserves) else rules.default)
+    return by_kind or (None if rules == slot_rules(None, edit.preserves) else rules.default)
 
 
 def _times(when: Schedule, report: Report) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from flax_surgery_hooks import memory
+from flax_surgery_hooks import memory, optimizer_edits
+from flax_surgery_hooks.committing import commit as commit_arrays
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.operate import Outcome, needs_key, record_of, run, run_abstractly
-from flax_surgery_hooks.operate import commit as put_outcome
 from flax_surgery_hooks.operation import Operation, Unit, fire_for
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
@@ -37,11 +37,13 @@ ON_ERROR = ("raise", "skip")
 
 def foresee(operation: Operation, state: Any, name: str, key: Any, inputs: dict[str, Any], reshape: Reshape) -> Any:
     """The state after a fire, abstractly: raises whatever a fire on leaves of these shapes would."""
+    if operation.edit.edit_optimizer is not None:
+        return optimizer_edits.look_ahead(operation, state, key, inputs, reshape)
     parts = take_apart(state)
     plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
     reshape.check_paths(state, plan)
     outcome = run_abstractly(operation, plan, arrays, key, jnp.int32(0), inputs)
-    return reshape.replaced(put_outcome(state, parts, plan, outcome, reshape.tx))
+    return reshape.replaced(commit_arrays(operation, state, parts, plan, outcome.arrays, outcome.ok, reshape.tx))
 
 
 def _planned(
@@ -72,6 +74,9 @@ def prepare(
     programs: Programs, state: Any, name: str, key: Any, step: int, inputs: dict[str, Any], reshape: Reshape
 ) -> None:
     """Raises whatever a fire on this state would raise, and edits nothing."""
+    if programs.operation.edit.edit_optimizer is not None:
+        optimizer_edits.look_ahead(programs.operation, state, key, inputs, reshape)
+        return
     operation, parts = programs.operation, take_apart(state)
     reshape.check(state)
     plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
@@ -97,6 +102,8 @@ def fire(
 
     Waits for nothing, unless shapes or paths change: then for the guard's verdict.
     """
+    if programs.operation.edit.edit_optimizer is not None:
+        return optimizer_edits.fire(programs.operation, state, key, step, inputs, commit=commit)
     operation, parts = programs.operation, take_apart(state)
     remembered = memory.held(state, name, operation)
     plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
@@ -108,7 +115,7 @@ def fire(
         programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit, donate=donate, state=state
     )
     if outcome.applied:
-        state = put_outcome(state, parts, plan, outcome, reshape.tx)
+        state = commit_arrays(operation, state, parts, plan, outcome.arrays, outcome.ok, reshape.tx)
         if operation.edit.takes("memory"):
             state = memory.put(state, name, _remembered(operation, plan, outcome))
     reshaped = shapes(state.params) != shapes(held)

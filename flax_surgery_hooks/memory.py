@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from flax_surgery_hooks import calling
 from flax_surgery_hooks.checks import concrete
 from flax_surgery_hooks.errors import StateError, StructureError, located
-from flax_surgery_hooks.operation import Operation, Unit, like, units
+from flax_surgery_hooks.operation import Operation, Unit, compute_dtype, like, units
 from flax_surgery_hooks.paths import listed
-from flax_surgery_hooks.perform import compute_dtype
 from flax_surgery_hooks.placement import as_before, auto_axes, beside, like_neighbours, out_sharding, relabelled
 from flax_surgery_hooks.planning import memory_of
 from flax_surgery_hooks.programs import shapes_of

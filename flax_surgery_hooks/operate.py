@@ -14,18 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks import checks, donation, rules
+from flax_surgery_hooks import checks, donation, optimizer_edits, rules
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
-from flax_surgery_hooks.errors import InputError, RefusedError, StateError
+from flax_surgery_hooks.committing import commit
+from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError
 from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
 from flax_surgery_hooks.planning import arrays_of, plan_units
 from flax_surgery_hooks.programs import Arrays, Measured, Programs, choose
-from flax_surgery_hooks.repath import opt_state_for, repathed
+from flax_surgery_hooks.relaid import restarted
 from flax_surgery_hooks.selection import Patterns, select
 from flax_surgery_hooks.surgery import RESERVED, Edit, as_edit, describe
-from flax_surgery_hooks.train_state import Parts, put_back, take_apart
+from flax_surgery_hooks.train_state import take_apart
 from flax_surgery_hooks.verdicts import judge, rows_of, verdict
 
 
@@ -85,10 +86,13 @@ def operate(
             f"The surgery {operation.edit.name} remembers; `operate` has no place for that between two calls.",
             write="hooks.add(...), hooks.init(state), and hooks.fire(name, state)",
         )
-    if key is None and "key" in (*operation.edit.wants, *operation.edit.fold_wants):
+    if key is None and "key" in operation.edit.needs:
         raise InputError(f"The surgery {operation.edit.name} draws random numbers.", write="key=jax.random.key(0)")
     step = getattr(state, "step", None) if step is None else step
     step = 0 if step is None else step  # a state may have none
+    if operation.edit.edit_optimizer is not None:
+        ran = optimizer_edits.run(operation, state, key, step, traced_inputs)
+        return ran.state, dataclasses.replace(ran.record, event="settled", seconds=time.perf_counter() - start)
     plan = plan_units(operation, parts, key, traced_inputs)
     arrays = [arrays_of(unit, parts) for unit in plan]
     given = (arrays, key, step, traced_inputs)
@@ -105,7 +109,7 @@ def operate(
         outcome = run_abstractly(operation, plan, *given)
     else:
         outcome = _run_traced(operation, plan, *given)
-    return commit(state, parts, plan, outcome), record_of(
+    return commit(operation, state, parts, plan, outcome.arrays, outcome.ok), record_of(
         operation,
         plan,
         outcome,
@@ -156,10 +160,16 @@ def make_operation(
       SurgeryFunctionError, SelectionError, RuleError: what is wrong with it.
     """
     edit = as_edit(surgery)
+    if edit.edits_state and opt_state is not None:
+        raise RuleError(
+            f"The surgery {edit.name} says itself what becomes of the optimizer state.",
+            found=f"opt_state={opt_state!r}",
+            write="no opt_state=",
+        )
     return Operation(
         edit,
         select(params, exclude=exclude, expect=expect),
-        rules.slot_rules(opt_state, edit.preserves),
+        rules.slot_rules("keep" if edit.edits_state else opt_state, edit.preserves),
         rules.check_choice(fresh, rules.FRESH, "value of fresh="),
         rules.check_choice(guard, rules.GUARDS, "guard"),
         figures,
@@ -315,29 +325,6 @@ def _stand_in(seed: int, leaf: Any) -> Any:
     return jax.random.normal(jax.random.key(seed), leaf.shape, leaf.dtype)
 
 
-def commit(state: Any, parts: Parts, plan: Sequence[Unit], outcome: Outcome, tx: Any = None) -> Any:
-    """The state with the values of an outcome; all other leaves are the same objects.
-
-    Args:
-      state: the state that `parts` was taken from.
-      parts: its parts.
-      plan: the units of the fire.
-      outcome: what became of them.
-      tx: the optimizer for other paths, by default that of the state.
-    """
-    params: dict[str, Any] = {}
-    slots: dict[int, Any] = {}
-    for unit, new in zip(plan, outcome.arrays, strict=True):
-        params.update(zip(unit.after.paths, new.params, strict=True))
-        slots.update(zip((slot.index for slot in unit.after.slots), new.slots, strict=True))
-    if any(unit.other is not None for unit in plan):
-        leaves = repathed(parts.params, [path for unit in plan for path in unit.paths], params)
-        opt_state = opt_state_for(tx or parts.tx, leaves, parts.tx, parts.params, parts.opt_state, slots)
-        return state.replace(params=jax.tree.unflatten(leaves.treedef, leaves.values), opt_state=opt_state)
-    places = {place: params[path] for unit in plan for place, path in zip(unit.places, unit.paths, strict=True)}
-    return put_back(state, parts, places, slots)
-
-
 def _nonfinite(outcome: Outcome) -> float:
     return float(outcome.figures["params/nonfinite"]) + float(outcome.figures["slots/nonfinite"])
 
@@ -345,6 +332,10 @@ def _nonfinite(outcome: Outcome) -> float:
 def record_of(operation: Operation, plan: Sequence[Unit], outcome: Outcome, **fields: Any) -> Record:
     """The record of a fire."""
     leaves = [leaf for new in outcome.arrays for leaf in new.params]
+    shapes = [
+        {path: tuple(leaf.shape) for path, leaf in zip(unit.after.paths, new.params, strict=True)}
+        for unit, new in zip(plan, outcome.arrays, strict=True)
+    ]
     mixed = tuple(path for unit, stays in zip(plan, outcome.in_place, strict=True) if stays for path in unit.paths)
     return Record(
         surgery=describe_json(operation.edit),
@@ -354,6 +345,9 @@ def record_of(operation: Operation, plan: Sequence[Unit], outcome: Outcome, **fi
         removed=tuple(path for unit in plan for path in unit.removed),
         leaves=tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves),
         in_place=mixed,
+        restarted=tuple(
+            name for unit, one in zip(plan, shapes, strict=True) for name in restarted(operation, unit, one)
+        ),
         donated=outcome.donated,
         **fields,
     )

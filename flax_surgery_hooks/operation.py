@@ -172,6 +172,11 @@ def follows(operation: Operation, unit: Unit) -> bool:
     return any(operation.rules.rule(slot.kind) in FOLLOWING for slot in unit.slots)
 
 
+def compute_dtype(dtype: Any) -> Any:
+    """The dtype in which a surgery sees a leaf: float32 for shorter floats, else the leaf's own."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
 def like(value: jax.Array, old: Any) -> jax.Array:
     """`value` in the dtype and weak type of `old`; from weak to strong would retrace the train step."""
     value = jnp.asarray(value)  # a constant may come as a number

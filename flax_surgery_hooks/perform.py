@@ -13,7 +13,8 @@ from flax_surgery_hooks.calling import call, call_fold_back
 from flax_surgery_hooks.errors import RuleError, SurgeryFunctionError, UserCodeError, located
 from flax_surgery_hooks.following import move_slots
 from flax_surgery_hooks.metrics import Change, combine, measure
-from flax_surgery_hooks.operation import NOTHING, Fire, Operation, Unit, follows, like
+from flax_surgery_hooks.operation import NOTHING, Fire, Operation, Unit, compute_dtype, follows, like
+from flax_surgery_hooks.slot_edits import edited_slots
 
 
 class Edited(NamedTuple):
@@ -36,11 +37,6 @@ class Edited(NamedTuple):
     slots_change: Change
     memory_change: Change
     seeds: tuple[jax.Array, ...]
-
-
-def compute_dtype(dtype: Any) -> Any:
-    """The dtype in which a surgery sees a leaf: float32 for shorter floats, else the leaf's own."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def split_leaves(unit: Unit, params: Sequence[Any]) -> tuple[lineage.Tree, dict[str, Any]]:
@@ -168,7 +164,12 @@ def perform(
     old = dict(zip(unit.paths, params, strict=True))
     stored = tuple(_stored(unit, i, new[path], old.get(path)) for i, path in enumerate(after.paths))
     _check_kept(operation, unit, params, stored)
-    moved, fresh, used = move_slots(operation, unit, how, params, stored, slots, fire, seeds)
+    if operation.edit.edit_slots is None:
+        moved, fresh, used = move_slots(operation, unit, how, params, stored, slots, fire, seeds)
+    else:
+        given = {**fire.inputs, **dict(operation.static)}
+        moved = edited_slots(operation.edit.edit_slots, unit, new[unit.paths[0]], slots, fire, given)
+        fresh, used = (None,) * len(moved), ()
     rule = "transport" if operation.rules.default == "transport" else "carry"
     without_history = {path: how.fresh(path, rule) for path in floats} if how is not None else {}
     return Edited(

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks.errors import RuleError, StateError
-from flax_surgery_hooks.operation import Fire, Operation, Side, Unit, fire_for, units
+from flax_surgery_hooks.committing import piece_of
+from flax_surgery_hooks.errors import RuleError, SlotError, StateError
+from flax_surgery_hooks.operation import Fire, Operation, Side, Unit, compute_dtype, fire_for, units
 from flax_surgery_hooks.paths import listed
-from flax_surgery_hooks.perform import call_unit, compute_dtype
+from flax_surgery_hooks.perform import call_unit
 from flax_surgery_hooks.programs import Arrays
 from flax_surgery_hooks.repath import initial_opt_state, repathed
-from flax_surgery_hooks.slots import as_abstract, slots_of
+from flax_surgery_hooks.slots import Slot, as_abstract, slots_of
 from flax_surgery_hooks.train_state import Parts
 
 
@@ -33,8 +34,15 @@ def plan_units(
     Raises:
       SelectionError, SlotError, StateError, StructureError: as their names say.
     """
-    slots = {} if operation.rules.only_keeps else slots_of(parts.tx, parts.opt_state, parts.params)
+    blind = operation.rules.only_keeps and operation.edit.edit_slots is None
+    slots = {} if blind else slots_of(parts.tx, parts.opt_state, parts.params)
     plan = units(operation, parts.params, slots)
+    if operation.edit.edit_slots is not None and not any(unit.slots for unit in plan):
+        raise SlotError(
+            f"The surgery {operation.edit.name} edits optimizer slots, and the selected leaves have none.",
+            found=listed(path for unit in plan for path in unit.paths),
+            write="an optimizer with moments, or leaves that it updates",
+        )
     if not operation.edit.many:
         return plan
     fires = [fire_for(unit, key, jnp.int32(0), inputs, fire_memory(operation, unit, memory)) for unit in plan]
@@ -70,9 +78,14 @@ def arrays_of(unit: Unit, parts: Parts, memory: Any = ()) -> Arrays:
     """The values of a unit's leaves and slots, and what is remembered of them."""
     return Arrays(
         tuple(parts.params.values[place] for place in unit.places),
-        tuple(parts.opt_leaves[slot.index] for slot in unit.slots),
+        tuple(_value(parts, slot) for slot in unit.slots),
         memory,
     )
+
+
+def _value(parts: Parts, slot: Slot) -> Any:
+    leaf = parts.opt_leaves[slot.index]
+    return leaf if slot.offset is None else piece_of(leaf, slot, parts.params.values[slot.owner])
 
 
 def _with_paths_after(operation: Operation, unit: Unit, parts: Parts, fire: Fire, tx: Any) -> Unit:

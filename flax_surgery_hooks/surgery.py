@@ -16,6 +16,8 @@ from flax_surgery_hooks.errors import InputError, SurgeryFunctionError, shorten
 from flax_surgery_hooks.paths import listed
 
 RESERVED = ("path", "key", "step", "memory")
+LEAF = "leaf"
+"""What `edit_slots` gets the leaf under."""
 PRESERVES = ("function", "eval_function", "nothing")
 
 
@@ -35,6 +37,10 @@ class Surgery(Protocol):
       `observe(leaf)`: what happens to the leaf and the memory at every step, inside the train step, by
         `hooks.in_graph(state)`. Slots are left alone.
       `fold_back(new_leaf)`: the linear map that says how a change of the new leaf folds back into the old one.
+      `edit_slots(slots)`: the optimizer slots of the leaf after the edit, see `slot_edits`; it may take `leaf` too.
+
+    A class with `edit_optimizer(optimizer)` instead of `__call__` edits the optimizer state as a whole, see
+    `optimizer_edits`.
 
     Attributes:
       preserves: "function" or "eval_function" if the model computes the same after the edit (slots are transported by
@@ -86,6 +92,8 @@ class Edit:
       fold_wants: the names that `fold_back` takes beside its first parameter.
       init_memory: what makes the memory of a leaf (of all leaves, if it takes many), or None if it remembers nothing.
       observe: what happens at every step, or None.
+      edit_slots: what edits the slots of a leaf in place of a rule, or None.
+      edit_optimizer: what edits the optimizer state as a whole, in place of leaves, or None.
     """
 
     function: Callable[..., Any]
@@ -98,6 +106,8 @@ class Edit:
     fold_wants: tuple[str, ...] = ()
     init_memory: Method | None = None
     observe: Method | None = None
+    edit_slots: Method | None = None
+    edit_optimizer: Method | None = None
 
     @property
     def main(self) -> Method:
@@ -105,8 +115,23 @@ class Edit:
         return Method(self.function, self.name, self.wants, self.may_take)
 
     def takes(self, name: str) -> bool:
-        """Whether the surgery has a parameter of this name beside its first."""
-        return name in self.wants or name in self.may_take
+        """Whether anything that a fire calls has a parameter of this name beside its first."""
+        return any(method is not None and method.takes(name) for method in (self.main, *self._others))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the parameters without default of all that a fire calls, the leaf of `edit_slots` apart."""
+        others = [name for method in self._others if method is not None for name in method.wants if name != LEAF]
+        return (*self.wants, *others, *self.fold_wants)
+
+    @property
+    def edits_state(self) -> bool:
+        """Whether slots change by what the surgery itself says, so that no rule applies."""
+        return any(method is not None for method in self._others)
+
+    @property
+    def _others(self) -> tuple[Method | None, Method | None]:
+        return self.edit_slots, self.edit_optimizer
 
     def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the trainer's inputs that this surgery asks for.
@@ -114,8 +139,9 @@ class Edit:
         Raises:
           InputError: one that it needs is not there.
         """
-        asked = dict.fromkeys((*self.wants, *self.may_take, *self.fold_wants))
-        missing = [name for name in (*self.wants, *self.fold_wants) if name not in given and name not in RESERVED]
+        optional = [name for method in self._others if method is not None for name in method.may_take if name != LEAF]
+        asked = dict.fromkeys((*self.needs, *self.may_take, *optional))
+        missing = [name for name in self.needs if name not in given and name not in RESERVED]
         if missing:
             raise InputError(
                 f"The surgery {self.name} asks for {listed(missing)}, which the train loop does not pass.",
@@ -151,6 +177,8 @@ def as_edit(surgery: Any) -> Edit:
     ('key',)
     """
     name = getattr(surgery, "__name__", type(surgery).__name__)
+    if hasattr(surgery, "edit_optimizer") and not inspect.isclass(surgery):
+        return _optimizer_edit(surgery, name)
     if inspect.isclass(surgery) or not callable(surgery):
         raise SurgeryFunctionError(
             "A surgery is a function of leaves or an object that can be called with them.",
@@ -181,7 +209,44 @@ def as_edit(surgery: Any) -> Edit:
             write="the keys of `leaves`, which are the paths",
         )
     edit = Edit(surgery, name, first == "leaves", wants, may_take, preserves, fold_back, fold_wants)
-    return dataclasses.replace(edit, init_memory=_init_memory(edit), observe=_method(edit, "observe"))
+    return dataclasses.replace(
+        edit, init_memory=_init_memory(edit), observe=_method(edit, "observe"), edit_slots=_edit_slots(edit)
+    )
+
+
+def _optimizer_edit(surgery: Any, name: str) -> Edit:
+    """A surgery on the optimizer state as a whole."""
+    others = [other for other in ("__call__", "edit_slots", "init_memory", "observe") if hasattr(surgery, other)]
+    if others:
+        raise SurgeryFunctionError(
+            f"The surgery {name} edits the optimizer as a whole, and so no leaves beside it.",
+            found=f"edit_optimizer and {listed(others)}",
+            write="two surgeries, each with one of them",
+        )
+    method = Method(surgery.edit_optimizer, f"{name}.edit_optimizer", *_parameters(surgery.edit_optimizer, name)[1:])
+    _refuse_reserved(method, ("path", "memory"), "`key`, `step` and inputs; `optimizer.paths` are the selected leaves")
+    return Edit(surgery, name, False, (), (), "nothing", edit_optimizer=method)
+
+
+def _edit_slots(edit: Edit) -> Method | None:
+    """What edits the slots of a leaf, if the surgery has that."""
+    function = getattr(edit.function, "edit_slots", None)
+    if function is None:
+        return None
+    if edit.many:
+        raise SurgeryFunctionError(
+            f"{edit.name}.edit_slots is given the slots of one leaf, and the surgery takes all leaves at once.",
+            write="def __call__(self, leaf): return leaf",
+        )
+    method = Method(function, f"{edit.name}.edit_slots", *_parameters(function, f"{edit.name}.edit_slots")[1:])
+    _refuse_reserved(method, ("memory",), "`leaf`, `path`, `key`, `step` and inputs")
+    return method
+
+
+def _refuse_reserved(method: Method, names: tuple[str, ...], given: str) -> None:
+    asked = [name for name in names if method.takes(name)]
+    if asked:
+        raise SurgeryFunctionError(f"{method.name} asks for {listed(asked)}; it is given {given}.", write="without it")
 
 
 def _method(edit: Edit, attribute: str) -> Method | None:

@@ -24,12 +24,12 @@ from tiny import MOMENTUM, halve, make_hooks, make_state
 
 import flax_surgery_hooks as fsh
 from flax_surgery_hooks import errors as e
-from flax_surgery_hooks import slots
+from flax_surgery_hooks import slot_registry, slots
 from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, Scale
 
 ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "config", "config_export", "config_fields",
              "config_hook", "config_reading", "config_registry", "config_writing", "derived_schedules", "errors",
-             "paths", "schedules", "selection", "writers")  # fmt: skip
+             "paths", "rewarm", "schedules", "selection", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))
@@ -102,7 +102,7 @@ def odd_optimizer(start, update=lambda old, g: old + g.sum()):
 
 def on_odd(tx, kind=None, run=fsh.operate, **kwargs):
     def registered():
-        with mock.patch.dict(slots._REGISTRY):
+        with mock.patch.dict(slot_registry.REGISTRY):
             if kind is not None:
                 fsh.register_slot(Odd, mine=kind)
             slots.find_slots.cache_clear()

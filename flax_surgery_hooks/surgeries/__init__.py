@@ -3,8 +3,25 @@
 from flax_surgery_hooks.surgeries.norms import ClipNorm as ClipNorm
 from flax_surgery_hooks.surgeries.norms import Normalize as Normalize
 from flax_surgery_hooks.surgeries.norms import Scale as Scale
+from flax_surgery_hooks.surgeries.optimizer import ResetMoments as ResetMoments
+from flax_surgery_hooks.surgeries.optimizer_state import Freeze as Freeze
+from flax_surgery_hooks.surgeries.optimizer_state import Rewarm as Rewarm
+from flax_surgery_hooks.surgeries.optimizer_state import SetHyperparams as SetHyperparams
+from flax_surgery_hooks.surgeries.optimizer_state import Thaw as Thaw
 from flax_surgery_hooks.surgeries.values import Assign as Assign
 from flax_surgery_hooks.surgeries.values import Noise as Noise
 from flax_surgery_hooks.surgeries.values import Reinit as Reinit
 
-__all__ = ["Assign", "ClipNorm", "Noise", "Normalize", "Reinit", "Scale"]
+__all__ = [
+    "Assign",
+    "ClipNorm",
+    "Freeze",
+    "Noise",
+    "Normalize",
+    "Reinit",
+    "ResetMoments",
+    "Rewarm",
+    "Scale",
+    "SetHyperparams",
+    "Thaw",
+]

@@ -1,0 +1,229 @@
+"""Surgeries on the optimizer as a whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_surgery_hooks.errors import SlotError, StateError, SurgeryFunctionError
+from flax_surgery_hooks.optax.freezable import FreezableState
+from flax_surgery_hooks.optax.rewarm import RewarmState
+from flax_surgery_hooks.optimizer_edits import Optimizer
+from flax_surgery_hooks.paths import close_matches, listed
+from flax_surgery_hooks.slots import Slot, owners_of
+
+_INJECTED: tuple[Any, ...] = tuple(
+    getattr(optax, name)
+    for name in ("InjectHyperparamsState", "InjectStatefulHyperparamsState")
+    if hasattr(optax, name)
+)
+
+
+@dataclass(frozen=True)
+class SetHyperparams:
+    """Writes numbers into the hyperparameters that `optax.inject_hyperparams` keeps in the state; they stay until they
+    are written again. The compiled train step goes on.
+
+    Args:
+      values: hyperparameter -> number. Each is written wherever the optimizer has one of this name. One that a schedule
+        drives is refused: the next update would overwrite it.
+
+    >>> import optax, flax_surgery_hooks as fsh
+    >>> tx = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+    >>> state = fsh.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx)
+    >>> state, _ = fsh.operate(state, SetHyperparams({"learning_rate": 0.01}))
+    >>> round(float(state.opt_state.hyperparams["learning_rate"]), 4)
+    0.01
+    """
+
+    values: dict[str, float]
+
+    def __post_init__(self):
+        if not isinstance(self.values, dict) or not self.values:
+            raise SurgeryFunctionError(
+                "SetHyperparams takes hyperparameters by name.",
+                found=repr(self.values),
+                write='SetHyperparams({"learning_rate": 0.01})',
+            )
+        for name, value in self.values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise SurgeryFunctionError(
+                    f"SetHyperparams needs a finite number for {name!r}.",
+                    found=repr(value),
+                    write="fsh.optax.rewarm or a schedule in the optimizer, for values that depend on the step"
+                    if callable(value)
+                    else f"{{{name!r}: 0.01}}",
+                )
+
+    def edit_optimizer(self, optimizer: Optimizer, /) -> Optimizer:
+        """The optimizer after it."""
+        optimizer.check_whole("SetHyperparams")
+        there: set[str] = set()
+        opt_state, count = optimizer.map_states(_INJECTED, lambda state: self._written(state, there))
+        if not count:
+            raise StateError(
+                "The optimizer state holds no hyperparameters.",
+                found=type(optimizer.opt_state).__name__,
+                write="tx=optax.inject_hyperparams(optax.adam)(learning_rate=0.1)",
+            )
+        unknown = [name for name in self.values if name not in there]
+        if unknown:
+            raise StateError(
+                f"The optimizer has no hyperparameter {unknown[0]!r}.",
+                found=f"hyperparameters {listed(sorted(there))}",
+                write=listed(close_matches(unknown[0], there)) or "one of these",
+            )
+        return optimizer.replace(opt_state=opt_state)
+
+    def _written(self, state: Any, there: set[str]) -> Any:
+        there.update(state.hyperparams)
+        mine = {name: value for name, value in self.values.items() if name in state.hyperparams}
+        driven = [name for name in mine if name in getattr(state, "hyperparams_states", ())]
+        if driven:
+            raise StateError(
+                f"A schedule drives the hyperparameter {driven[0]!r}: the next update would overwrite what is written.",
+                found=f"schedules for {listed(state.hyperparams_states)}",
+                write=f"inject_hyperparams(...)({driven[0]}=0.1), a constant; or fsh.optax.rewarm in the chain and the "
+                "surgery Rewarm",
+            )
+        new = {name: _as_held(name, value, state.hyperparams[name]) for name, value in mine.items()}
+        return state._replace(hyperparams={**state.hyperparams, **new})
+
+
+def _as_held(name: str, value: float, old: Any) -> Any:
+    dtype = jnp.result_type(old)
+    if not jnp.issubdtype(dtype, jnp.inexact) and int(value) != value:
+        raise SurgeryFunctionError(
+            f"The hyperparameter {name!r} is an integer.", found=f"{value} for {dtype}", write=f"{{{name!r}: 1}}"
+        )
+    return jnp.full(jnp.shape(old), value, dtype)
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Freezes the selected leaves where `fsh.optax.freezable` is in the optimizer: until `Thaw` they and their slots
+    stay as they are, bit for bit, without weight decay. The compiled train step goes on.
+
+    >>> import optax, flax_surgery_hooks as fsh
+    >>> params = {"w": jnp.ones(2), "v": jnp.ones(2)}
+    >>> state = fsh.TrainState.create(apply_fn=None, params=params, tx=fsh.optax.freezable(optax.adamw(0.1)))
+    >>> state, _ = fsh.operate(state, Freeze(), params="w")
+    >>> state = state.apply_gradients(grads=params)
+    >>> state.params["w"].tolist(), bool((state.params["v"] < 1).all())
+    ([1.0, 1.0], True)
+    """
+
+    def edit_optimizer(self, optimizer: Optimizer, /) -> Optimizer:
+        """The optimizer after it."""
+        return _marked(optimizer, "Freeze", FreezableState, "frozen", True, _FREEZABLE)
+
+
+@dataclass(frozen=True)
+class Thaw:
+    """Lets leaves go on that `Freeze` has frozen.
+
+    Args:
+      first_moments: "keep": with the slots that they had when they were frozen. "reset": with first moments (slots of
+        kind "grad" and "update") as `tx.init` makes them, as the old direction says little of where the other leaves
+        have gone meanwhile; second moments are kept.
+
+    >>> Thaw(first_moments="reset")
+    Thaw(first_moments='reset')
+    """
+
+    first_moments: Literal["keep", "reset"] = "keep"
+
+    def __post_init__(self):
+        if self.first_moments not in ("keep", "reset"):
+            raise SurgeryFunctionError(
+                "Thaw(first_moments=...) is unknown.", found=repr(self.first_moments), write='"keep" or "reset"'
+            )
+
+    def edit_optimizer(self, optimizer: Optimizer, /) -> Optimizer:
+        """The optimizer after it."""
+        thawed = _marked(optimizer, "Thaw", FreezableState, "frozen", False, _FREEZABLE)
+        return thawed if self.first_moments == "keep" else _without_first_moments(thawed)
+
+
+@dataclass(frozen=True)
+class Rewarm:
+    """Lets the updates of the selected leaves grow anew from small ones, where `fsh.optax.rewarm` is in the optimizer;
+    `params="**"` for all. It says how far and how fast. The compiled train step goes on.
+
+    >>> import optax, flax_surgery_hooks as fsh
+    >>> tx = optax.chain(optax.sgd(1.0), fsh.optax.rewarm(4))
+    >>> state = fsh.TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=tx)
+    >>> state, _ = fsh.operate(state, Rewarm())
+    >>> for _ in range(3):
+    ...     state = state.apply_gradients(grads={"w": jnp.ones(1)})
+    >>> state.params["w"].tolist()  # 1 - 0 - 1/4 - 2/4
+    [0.25]
+    """
+
+    def edit_optimizer(self, optimizer: Optimizer, /) -> Optimizer:
+        """The optimizer after it."""
+        return _marked(optimizer, "Rewarm", RewarmState, "since", 0, "tx=optax.chain(tx, fsh.optax.rewarm(100))")
+
+
+_FREEZABLE = "tx=fsh.optax.freezable(tx)"
+
+
+def _marked(optimizer: Optimizer, surgery: str, kind: Any, field: str, value: Any, write: str) -> Optimizer:
+    """The optimizer with a value at the selected leaves, in every state of a class whose field mirrors the params."""
+    reached: set[int] = set()
+
+    def mark(state: Any) -> Any:
+        tree = getattr(state, field)
+        owners = owners_of({"": tree}, {"": optimizer.params})  # in a dict: a bare array has no path
+        leaves, treedef = jax.tree.flatten(tree)
+        reached.update(owners.values())
+        chosen = {index for index, owner in owners.items() if owner in optimizer.selected}
+        marked = [
+            jnp.full(jnp.shape(leaf), value, jnp.result_type(leaf)) if index in chosen else leaf
+            for index, leaf in enumerate(leaves)
+        ]
+        return state._replace(**{field: jax.tree.unflatten(treedef, marked)})
+
+    opt_state, count = optimizer.map_states((kind,), mark)
+    if not count:
+        raise StateError(
+            f"{surgery} writes into a {kind.__name__}, and the optimizer state has none.",
+            found=type(optimizer.opt_state).__name__,
+            write=write,
+        )
+    missing = [path for path, place in zip(optimizer.paths, optimizer.selected, strict=True) if place not in reached]
+    if missing:
+        raise StateError(
+            f"{surgery} writes into a {kind.__name__}, and those of the optimizer leave out some of the leaves.",
+            found=listed(missing),
+            write=f"{write} around the parts for these leaves too, or exclude= with them",
+        )
+    return optimizer.replace(opt_state=opt_state)
+
+
+def _without_first_moments(optimizer: Optimizer) -> Optimizer:
+    leaves, treedef = jax.tree.flatten(optimizer.opt_state)
+    slots = optimizer.slots
+    for place in optimizer.selected:
+        for slot in slots.get(place, ()):
+            if slot.kind in ("grad", "update"):
+                leaves[slot.index] = _initial(
+                    slot, leaves[slot.index], optimizer.paths[optimizer.selected.index(place)]
+                )
+    return optimizer.replace(opt_state=jax.tree.unflatten(treedef, leaves))
+
+
+def _initial(slot: Slot, old: Any, path: str) -> Any:
+    if slot.init is None:
+        raise SlotError(
+            f"`tx.init` fills {slot.name} with no constant, so that it cannot be reset.",
+            path=path,
+            write='Thaw(first_moments="keep")',
+        )
+    # Of the old leaf, so that a sharded one is made where it lies.
+    return jnp.full_like(old, slot.init)
