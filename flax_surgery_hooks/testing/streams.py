@@ -17,7 +17,7 @@ import optax
 from flax_surgery_hooks.testing.edits import EditRow
 from flax_surgery_hooks.testing.rows import OptimizerRow
 
-enable_x64: Any = getattr(jax, "enable_x64", None) or vars(jax.experimental)["enable_x64"]  # before JAX 0.8
+enable_x64: Any = vars(jax if hasattr(jax, "enable_x64") else jax.experimental)["enable_x64"]  # before JAX 0.8
 
 STEPS = 5
 Tree = dict[str, Any]
