@@ -168,7 +168,7 @@ def _streams(tx: Any, params: Any, arguments: tuple[str, ...]) -> Callable[[Any]
         for step in range(STEPS):
             grads = gradients(step, factors)
             known = {
-                "value": jnp.float32(1), "grad": grads, "value_fn": lambda _: jnp.float32(1),
+                "value": jnp.ones(()), "grad": grads, "value_fn": lambda _: jnp.ones(()),
                 "obj_fn": objective(factors),
             }  # fmt: skip
             given = {name: known[name] for name in arguments}

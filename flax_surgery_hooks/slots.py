@@ -301,6 +301,8 @@ def _kind(field: Field, verdict: slot_probe.Verdict) -> str:
         return kinds[0]
     if verdict.kind in kinds:
         return verdict.kind
+    if "param" in kinds and verdict.kind == "invariant":
+        return "param"  # a copy of the parameters of a later step: gradients do not scale it
     raise SlotError(
         f"{field.name} is registered as {' or '.join(kinds)} in this chain, but scales otherwise when gradients do.",
         found=verdict.seen,
