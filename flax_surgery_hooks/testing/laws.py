@@ -22,6 +22,7 @@ from flax_surgery_hooks.paths import flatten
 from flax_surgery_hooks.slots import Slot
 from flax_surgery_hooks.testing import streams
 from flax_surgery_hooks.testing.edits import EditRow
+from flax_surgery_hooks.testing.lifted import lift, lower
 from flax_surgery_hooks.testing.rows import Holds, OptimizerRow
 
 GRADIENTS = ("grad", "grad_sq", "grad_abs")
@@ -79,14 +80,15 @@ def findings(rows: tuple[OptimizerRow, ...], edit: EditRow, rule: str, fresh: st
         before, tx = start(rows, edit.before)
         after, restarted = edited(before, tx, edit, rule, fresh)
         held = _slots_by_row(tx, before, edit.before)
+        initial = tx.init(streams.mapped_params(streams.STEPS, edit.before, edit))
         rebuilt = wrong = None
         if rule == "transport":
             rebuilt, wrong = (_rebuilt(rows, edit, wrong) for wrong in (False, True))
         found = {}
         for place, row in enumerate(rows):
-            leaves = [streams.of_row(state, place) for state in (before, after)]
+            leaves = [streams.of_row(state, place) for state in (before, after, initial)]
             oracle = [None if state is None else streams.of_row(state, place) for state in (rebuilt, wrong)]
-            cell = Cell(row, edit, rule, fresh, held[place], restarted[place], *leaves, *oracle)
+            cell = Cell(row, edit, rule, fresh, held[place], restarted, *leaves, *oracle)
             found[row.name] = cell.finding()
         return found
 
@@ -109,7 +111,7 @@ def _rebuilt(rows: tuple[OptimizerRow, ...], edit: EditRow, wrong: bool) -> Any:
     return streams.run(beside(rows), edit.before, edit, wrong=wrong)
 
 
-def edited(opt_state: Any, tx: Any, edit: EditRow, rule: str, fresh: str) -> tuple[Any, list[tuple[str, ...]]]:
+def edited(opt_state: Any, tx: Any, edit: EditRow, rule: str, fresh: str) -> tuple[Any, frozenset[str]]:
     """The optimizer state after an edit, and what could not be moved, per optimizer side by side."""
     old = streams.params_at(streams.STEPS, edit.before)
     told: list[Any] = []
@@ -122,8 +124,7 @@ def edited(opt_state: Any, tx: Any, edit: EditRow, rule: str, fresh: str) -> tup
 
     params, after = jax.jit(operate)(jax.tree.map(jax.numpy.asarray, old), opt_state)
     np.testing.assert_allclose(params["kernel"], edit.params(old["kernel"]), rtol=1e-15, err_msg=edit.name)
-    restarted = [str(name) for name in getattr(told[0], "restarted", ())]
-    return after, [tuple(name for name in restarted) for _ in after]
+    return after, frozenset(entry.partition(" ")[0] for entry in told[0].restarted)
 
 
 def _slots_by_row(tx: Any, opt_state: Any, shape: tuple[int, ...]) -> list[dict[str, Slot]]:
@@ -152,9 +153,10 @@ class Cell:
       rule: "transport" or "carry".
       fresh: "mean" or "init".
       slots: those of the edited leaf, by key path.
-      restarted: names of fields that could not be moved.
+      restarted: names of the slots that the record says could not be moved.
       before: leaves of the state before the edit, by key path.
       after: those after it.
+      initial: those of a new state of the edited parameters.
       rebuilt: those of a run on mapped gradients, under transport.
       wrong: those of a run on gradients mapped wrongly, under transport.
     """
@@ -164,9 +166,10 @@ class Cell:
     rule: str
     fresh: str
     slots: Mapping[str, Slot]
-    restarted: tuple[str, ...]
+    restarted: frozenset[str]
     before: Leaves
     after: Leaves
+    initial: Leaves
     rebuilt: Leaves | None
     wrong: Leaves | None
 
@@ -176,38 +179,77 @@ class Cell:
         undetected: list[str] = []
         for path, value in self.after.items():
             slot = self.slots.get(path)
-            law = self.row.law(self.edit.name, self.rule, "" if slot is None else slot.name)
-            expected = self._other(path, law) if slot is None else self._slot(path, slot, law)
-            label = path if slot is None else slot.name
+            name = path if slot is None else slot.name
+            law = self.row.law(self.edit.name, self.rule, name)
+            expected = self._expected(path, slot, law)
             if not self._agrees(value, expected, law.tolerance or self.row.tolerance, is_slot=slot is not None):
-                problems.append(f"{label}{path if slot else ''} is not {law.law}: {_difference(value, expected)}")
+                problems.append(f"{name}{path if slot else ''} is not {law.law}: {_difference(value, expected)}")
             if slot is not None and self._shows(path, slot, value, expected) is False:
-                undetected.append(label)
-        return Finding(tuple(problems), tuple(undetected), self.restarted, len(self.slots))
+                undetected.append(name)
+        restarted = {slot.name for slot in self.slots.values() if self._is_restarted(slot)}
+        return Finding(tuple(problems), tuple(undetected), tuple(sorted(restarted)), len(self.slots))
+
+    def _is_restarted(self, slot: Slot) -> bool:
+        return slot.laid is not None and slot.name in self.restarted
 
     def _agrees(self, value: np.ndarray, expected: np.ndarray, tolerance: float, *, is_slot: bool) -> bool:
-        if not is_slot or value.shape != self.edit.fresh.shape or value.shape != np.shape(expected):
+        loose = max(tolerance, 1e-6)  # what fresh elements start from is computed in float32
+        fresh = self.edit.fresh
+        if not is_slot or not fresh.any():
             return _close(value, expected, tolerance)
-        fresh = self.edit.fresh  # what they start from is computed in float32
-        return _close(value[~fresh], expected[~fresh], tolerance) and _close(
-            value[fresh], expected[fresh], max(tolerance, 1e-6)
-        )
+        if value.shape != fresh.shape or value.shape != np.shape(expected):
+            return _close(value, expected, loose)
+        return _close(value[~fresh], expected[~fresh], tolerance) and _close(value[fresh], expected[fresh], loose)
 
-    def _other(self, path: str, law: Holds) -> np.ndarray:
-        """What belongs to other leaves, or to none."""
-        return self.rebuilt[path] if self.rebuilt is not None and law.law == "exact" else self.before[path]
-
-    def _slot(self, path: str, slot: Slot, law: Holds) -> np.ndarray:
-        """What a slot should hold."""
+    def _expected(self, path: str, slot: Slot | None, law: Holds) -> np.ndarray:
+        """What a leaf of the state should hold."""
+        if slot is not None and self._is_restarted(slot):
+            takes_mean = self.fresh == "mean" and slot.kind in SECOND_MOMENTS
+            return np.full(self.initial[path].shape, self.before[path].mean()) if takes_mean else self.initial[path]
+        if law.law == "restarted":
+            return self.initial[path]
         by_hand = self.rebuilt is None or law.law == "by kind"
-        moved = self._moved(path, slot) if by_hand else self.rebuilt[path]  # type: ignore[index]
-        if slot.kind == "param" and by_hand:
-            return moved
-        return np.where(self.edit.fresh, self._start(path, slot, moved), moved)
+        rebuilt = None if by_hand else self.rebuilt[path]  # type: ignore[index]
+        if slot is None:
+            return self.before[path] if rebuilt is None else rebuilt
+        if slot.offset is not None:
+            return self._in_vector(path, slot, rebuilt)
+        if slot.laid is None:
+            return self._of_leaf(slot, self.before[path], rebuilt)
+        if rebuilt is not None and not self.edit.fresh.any():
+            return rebuilt
+        layout = slot.laid.layout.name
+        if layout == "stacked":
+            return np.stack([self._of_leaf(slot, one, None) for one in self.before[path]])
+        if layout == "projected":
+            return self.before[path]
+        bundle = [
+            key for key, one in self.slots.items() if one.laid is not None and one.laid.bundle == slot.laid.bundle
+        ]
+        lifted = lift(layout, [self.before[key] for key in bundle], self.edit.before)
+        parts = lower(layout, self._of_leaf(slot, lifted, None), [self.initial[key] for key in bundle])
+        return parts[bundle.index(path)]
 
-    def _moved(self, path: str, slot: Slot) -> np.ndarray:
+    def _in_vector(self, path: str, slot: Slot, rebuilt: np.ndarray | None) -> np.ndarray:
+        """A slot that is part of a vector for all parameters."""
+        assert slot.offset is not None
+        old_end, new_end = (slot.offset + int(np.prod(shape)) for shape in (self.edit.before, self.edit.fresh.shape))
+        vector = self.before[path]
+        old = vector[slot.offset : old_end].reshape(self.edit.before)
+        new = None if rebuilt is None else rebuilt[slot.offset : new_end].reshape(self.edit.fresh.shape)
+        parts = [vector[: slot.offset], self._of_leaf(slot, old, new).ravel(), vector[old_end:]]
+        return np.concatenate(parts)
+
+    def _of_leaf(self, slot: Slot, before: np.ndarray, rebuilt: np.ndarray | None) -> np.ndarray:
+        """What a slot shaped like its leaf should hold: from the oracle, or else by its kind."""
+        moved = self._moved(slot, before) if rebuilt is None else rebuilt
+        if slot.kind == "param" and rebuilt is None:
+            return moved
+        return np.where(self.edit.fresh, self._start(slot, moved), moved)
+
+    def _moved(self, slot: Slot, value: np.ndarray) -> np.ndarray:
         """The slot at its element's new place, by the factor of its kind under transport."""
-        edit, value = self.edit, self.before[path]
+        edit = self.edit
         if slot.kind == "param":
             old = streams.params_at(streams.STEPS, edit.before)["kernel"]
             return edit.params(old) + np.where(edit.fresh, 0, edit.factor * edit.gather(value - old))
@@ -215,10 +257,13 @@ class Cell:
         if self.rule == "carry":
             return moved
         share = edit.share
-        factors = {"grad": share, "grad_sq": share**2, "grad_abs": np.abs(share), "update": np.sign(share)}
-        return moved * factors.get(slot.kind, edit.factor if slot.kind == "param_diff" else 1.0)
+        factors = {
+            "grad": share, "grad_sq": share**2, "grad_abs": np.abs(share), "update": np.sign(share),
+            "param_diff": edit.factor,
+        }  # fmt: skip
+        return moved * factors.get(slot.kind, 1.0)
 
-    def _start(self, path: str, slot: Slot, moved: np.ndarray) -> Any:
+    def _start(self, slot: Slot, moved: np.ndarray) -> Any:
         """What elements without history start from."""
         init = 0.0 if slot.init is None else slot.init
         if slot.kind == "param":
@@ -234,14 +279,21 @@ class Cell:
 
     def _shows(self, path: str, slot: Slot, value: np.ndarray, expected: np.ndarray) -> bool | None:
         """Whether a mistake would be seen, or None where the slot cannot show it."""
-        seen = ~self.edit.fresh
-        if slot.kind == "none" or np.ptp(self.before[path]) == 0 or not seen.any():
+        if slot.kind == "none" or self._is_restarted(slot) or np.ptp(expected) == 0:
             return None
-        by_run = self.wrong is not None and slot.kind != "param"
+        if slot.laid is not None and slot.laid.layout.keeps:
+            return None
+        by_run = self.wrong is not None and slot.kind not in ("param", "param_diff")
         wrong = self.wrong[path] if by_run else np.roll(expected, 1, axis=-1)  # type: ignore[index]
-        if slot.kind not in (*GRADIENTS, "param") and self.rule == "transport" and self.edit.name not in ("permute",):
+        if (
+            slot.kind not in (*GRADIENTS, "param", "param_diff")
+            and self.rule == "transport"
+            and self.edit.name != "permute"
+        ):
             return None
-        return not _close(value[seen], wrong[seen], self.row.tolerance)
+        if value.shape == self.edit.fresh.shape:
+            value, wrong = value[~self.edit.fresh], wrong[~self.edit.fresh]
+        return not _close(value, wrong, self.row.tolerance)
 
 
 def _close(value: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:

@@ -6,6 +6,7 @@ equality would hold up to that `eps` alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,30 @@ _EVOLVED = Holds("by kind", "it has moved that copy of the parameters by updates
 _LEAF_NORM = Holds("by kind", "it multiplies updates by the norm of the leaf over that of its update")
 _CLIPPED = Holds("by kind", "what it clips by depends on the size of gradients")
 _INNER_PRODUCT = Holds(
-    "by kind", "its `gamma` sums parameters times gradients over all leaves, those without history left out", FRESH, ""
+    "by kind",
+    "its `gamma` sums parameters times gradients over all leaves, those without history left out",
+    FRESH,
+    ".gamma",
+)
+_EVERY = ("permute", *SCALES, *FRESH, *COPIES)
+_RULES = ("transport", "carry")
+_MEASURED = Holds("by kind", "a measure is of the step before the edit", _EVERY, "*measurement*")
+_CACHED = Holds(
+    "restarted", "a line search would take the loss of the old model for that of the new", _EVERY, "*.value", _RULES
+)
+_UNPRESERVED = Holds("restarted", "what was remembered says nothing of another function", _EVERY, "*", ("carry",))
+_FACTORS = Holds(
+    "by kind",
+    "of two factors only their product is known: exact for second moments of rank 1",
+    ("scale_rows", "scale_elements", *FRESH, *COPIES),
+)
+_SHARED = Holds(
+    "by kind",
+    "elements share a number, which moves as if each had an even part of it",
+    ("scale_rows", "scale_elements", *FRESH, *COPIES),
+)
+_BOUND = Holds(
+    "by kind", "elements share bounds: still a bound from above", ("scale_rows", "scale_elements", *FRESH, *COPIES)
 )
 _DECAYED = Holds(
     "by kind", "decay that is added to gradients scales with parameters, not as gradients do", (*SCALES, *COPIES)
@@ -68,7 +92,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "nadam": lambda: optax.nadam(RATE),
     "nadamw": lambda: optax.nadamw(RATE),
     "noisy_sgd": lambda: optax.noisy_sgd(RATE, key=jax.random.key(0)),
-    "novograd": lambda: optax.novograd(RATE),
+    "novograd": lambda: optax.novograd(RATE, eps=0.0),
     "optimistic_adam": lambda: optax.optimistic_adam(RATE, eps=TINY),
     "optimistic_adam_v2": lambda: optax.optimistic_adam_v2(RATE, eps=TINY),
     "optimistic_gradient_descent": lambda: optax.optimistic_gradient_descent(RATE),
@@ -128,7 +152,9 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "zero_nans": lambda: optax.chain(optax.zero_nans(), _adam()),
     "add_noise": lambda: optax.chain(_momentum(), optax.add_noise(0.01, 0.5, jax.random.key(0))),
     # Set-ups that no single name makes.
-    "adafactor_momentum": lambda: optax.adafactor(RATE, min_dim_size_to_factor=2, momentum=0.9, eps=TINY),
+    "adafactor_momentum": lambda: optax.adafactor(
+        min_dim_size_to_factor=2, momentum=0.9, eps=TINY, multiply_by_parameter_scale=False, clipping_threshold=None
+    ),
     "adafactor_unfactored": lambda: optax.adafactor(RATE, factored=False, eps=TINY),
     "adafactor_plain": lambda: optax.scale_by_factored_rms(min_dim_size_to_factor=2, epsilon=0.0),
     "adam_nesterov": lambda: optax.adam(RATE, nesterov=True),
@@ -165,6 +191,12 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "mechanize_adam": lambda: contrib.mechanize(_adam()),
 }
 
+_LBFGS = (
+    dataclasses.replace(_UNPRESERVED, fields="[[]0].count"),
+    dataclasses.replace(_UNPRESERVED, fields="*.weights_memory"),
+    Holds("by kind", "it sums over all elements, those without history among them", FRESH, "*.weights_memory"),
+)
+
 _HOLDS: dict[str, tuple[Holds, ...]] = {
     **dict.fromkeys(("dadapt_adamw", "dog", "dowg", "mechanize", "mechanize_adam", "prodigy"), (_GLOBAL,)),
     **dict.fromkeys(
@@ -175,6 +207,25 @@ _HOLDS: dict[str, tuple[Holds, ...]] = {
     "adam_behind_global_clip": (_CLIPPED,),
     "adam_behind_decay": (_DECAYED,),
     **dict.fromkeys(("momo", "momo_adam"), (_INNER_PRODUCT,)),
+    **dict.fromkeys(("monitor", "snapshot"), (_MEASURED,)),
+    "adafactor": (_FACTORS,),
+    "adafactor_plain": (_FACTORS,),
+    "adafactor_momentum": (_FACTORS,),
+    "backtracking": (_CACHED,),
+    "galore": (
+        Holds(
+            "restarted", "a new projector is made when the count says so", ("pad", "slice", *COPIES), "*.count", _RULES
+        ),
+        Holds("by kind", "the projector and what it projects stay until it is renewed", _EVERY),
+    ),
+    "lbfgs": _LBFGS,
+    "lbfgs_linesearch": (
+        _CACHED,
+        *_LBFGS,
+        Holds("by kind", "it describes the last line search", _EVERY, "*.info.*"),
+    ),
+    "novograd": (_SHARED,),
+    "sm3": (_BOUND,),
     "yogi": (
         Holds("by kind", "it starts from 1e-6, which a run on other gradients would not scale", (*SCALES, *COPIES)),
     ),
@@ -190,11 +241,21 @@ def _exists(name: str) -> bool:
     return needs is None or hasattr(optax, needs)
 
 
-_FLOAT32 = {"MultiSteps", "multi_steps_done", "inject_multi_steps_adamw", "partition_of_multi_steps"}
-"""Those that accumulate in float32 whatever the gradients are."""
+_DETAILS: dict[str, tuple[Any, ...]] = {
+    # These accumulate in float32 whatever the gradients are.
+    **dict.fromkeys(
+        ("MultiSteps", "multi_steps_done", "inject_multi_steps_adamw", "partition_of_multi_steps"), (1e-6,)
+    ),
+    "adafactor_momentum": (1e-6,),  # its momentum
+    "sam": (1e-9, ()),
+    "sm3": (1e-6,),  # its eps
+    "sophia": (1e-9, ("obj_fn",)),
+    "hutchinson_estimator_diag_hessian": (1e-9, ("obj_fn",)),
+}
+"""Tolerance, and what the update asks for."""
 
 OPTIMIZERS: dict[str, OptimizerRow] = {
-    name: OptimizerRow(name, make, _HOLDS.get(name, ()), 1e-6 if name in _FLOAT32 else 1e-9)
+    name: OptimizerRow(name, make, _HOLDS.get(name, ()), *_DETAILS.get(name, ()))
     for name, make in _MAKERS.items()
     if _exists(name)
 }

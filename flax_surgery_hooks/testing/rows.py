@@ -51,6 +51,7 @@ class OptimizerRow:
       make: makes the `optax.GradientTransformation` for parameters {"kernel": [rows, 4], "bias": [4]}.
       holds: what holds where equality with a rebuilt state does not; the first that matches counts.
       tolerance: how far from equality, relative.
+      asks: what its `update` takes beside the parameters, of "value", "grad", "value_fn" and "obj_fn".
 
     >>> import optax
     >>> OptimizerRow("adam", lambda: optax.adam(0.1)).law("scale", "transport", "ScaleByAdamState.mu").law
@@ -61,6 +62,7 @@ class OptimizerRow:
     make: Callable[[], Any]
     holds: tuple[Holds, ...] = ()
     tolerance: float = 1e-9
+    asks: tuple[str, ...] = ("value", "grad", "value_fn")
 
     def law(self, edit: str, rule: str, field: str) -> Holds:
         """What holds of a field ("Class.field") after an edit (its name) under a rule."""

@@ -48,7 +48,10 @@ def beside(rows: Sequence[OptimizerRow]) -> Any:
         return held(*(tx.init(params) for tx in made))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        done = [tx.update(updates, one, params, **extra) for tx, one in zip(made, state, strict=True)]
+        done = [
+            tx.update(updates, one, params, **{name: extra[name] for name in row.asks if name in extra})
+            for row, tx, one in zip(rows, made, state, strict=True)
+        ]
         return done[0][0], held(*(one for _, one in done))
 
     return optax.GradientTransformationExtraArgs(init, update)
