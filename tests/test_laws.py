@@ -24,9 +24,7 @@ RULES = ("transport", "carry")
 RESHAPING = ("pad", "slice", "duplicate_in", "duplicate_out", "duplicate_unequal")
 GALORE = ("ScaleByAdamState.mu", "ScaleByAdamState.nu", "GaLoreState.projector")
 LBFGS = ("ScaleByLBFGSState.diff_params_memory", "ScaleByLBFGSState.diff_updates_memory")
-PENDING = {
-    "measure_with_ema": "a measure outside `optax.monitor` looks like an average of updates that mirrors nothing"
-}
+PENDING = {"measure_with_ema": "outside `optax.monitor` it looks like an average that mirrors nothing"}
 """Optimizers whose slots are not moved yet: an error, not a guess."""
 KNOWN: dict[tuple[str, str, str], str] = {}
 """(optimizer, edit, rule) where a law does not hold that should, and why."""
@@ -40,6 +38,18 @@ RESTARTED = {
     ),
 }
 """(optimizer, "Class.field", edit, rule) of slots that cannot be moved and start anew."""
+LAID = (
+    {
+        "adafactor", "backtracking", "cocob", "flatten", "galore", "hutchinson_estimator_diag_hessian", "lbfgs",
+        "monitor", "novograd", "sam", "sm3", "snapshot", "sophia", "zero_nans",
+    },
+    {"adafactor_momentum", "lbfgs_linesearch"},
+    {"adafactor_plain"},
+    {"adafactor_unfactored"},
+)  # fmt: skip
+"""Optimizers whose slots lie otherwise than their parameters, or that bring in new kinds: compiled apart from the rest,
+and no two with states of one class together.
+"""
 READY = tuple(row for name, row in testing.OPTIMIZERS.items() if name not in PENDING)
 
 
@@ -69,7 +79,7 @@ def test_a_new_optimizer_would_be_named(monkeypatch):
     monkeypatch.setattr(optax, "brand_new", brand_new, raising=False)
     monkeypatch.setattr(optax.contrib, "unannotated", unannotated, raising=False)
     monkeypatch.setattr(optax.contrib, "no_optimizer", lambda: 3, raising=False)
-    with pytest.raises(AssertionError, match=r"for: brand_new, unannotated$"):
+    with pytest.raises(AssertionError, match=r"for: brand_new, unannotated\n"):
         test_every_optimizer_of_optax_has_a_row()
 
 
@@ -98,16 +108,36 @@ def test_the_table_is_as_large_as_promised():
 # The laws.
 
 
+def batch_of(name: str) -> int:
+    return next((place for place, names in enumerate(LAID, start=1) if name in names), 0)
+
+
 @functools.cache
-def cells(edit: str, rule: str, fresh: str = "mean"):
-    return testing.findings(READY, testing.EDITS[edit], rule, fresh)
+def batch(edit: str, rule: str, place: int):
+    """Findings, or the error that stands for all of them: it would be the same at each further try."""
+    rows = tuple(row for row in READY if batch_of(row.name) == place)
+    try:
+        return testing.findings(rows, testing.EDITS[edit], rule)
+    except Exception as error:
+        return error
+
+
+def finding_of(name: str, edit: str, rule: str):
+    found = batch(edit, rule, batch_of(name))
+    if isinstance(found, Exception):
+        raise found
+    return found[name]
+
+
+def cells(edit: str, rule: str):
+    return {row.name: finding_of(row.name, edit, rule) for row in READY}
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("edit", testing.EDITS)
 @pytest.mark.parametrize("name", [row.name for row in READY])
 def test_slots_follow(edit, rule, name):
-    finding = cells(edit, rule)[name]
+    finding = finding_of(name, edit, rule)
     if (name, edit, rule) in KNOWN:
         assert finding.problems, f"holds now, remove it from KNOWN: {KNOWN[name, edit, rule]}"
         return

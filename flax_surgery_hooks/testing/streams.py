@@ -48,8 +48,9 @@ def beside(rows: Sequence[OptimizerRow]) -> Any:
         return held(*(tx.init(params) for tx in made))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        given = extra_args(updates, updates if params is None else params, jnp.asarray(1.0)) | extra
         done = [
-            tx.update(updates, one, params, **{name: extra[name] for name in row.asks if name in extra})
+            tx.update(updates, one, params, **{name: given[name] for name in row.asks})
             for row, tx, one in zip(rows, made, state, strict=True)
         ]
         return done[0][0], held(*(one for _, one in done))
