@@ -1,4 +1,4 @@
-"""Writes docs/optimizers.md: what every optimizer keeps, and what holds of it after an edit. `python docs/optimizers_page.py`."""
+"""Writes docs/optimizers.md: what every optimizer keeps, and what holds of it after an edit."""
 
 from __future__ import annotations
 
