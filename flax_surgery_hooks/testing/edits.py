@@ -147,7 +147,7 @@ def _all_edits() -> list[EditRow]:
         row("reinitialise", lambda kernel: jnp.where(_AGAIN, _VALUES, kernel), again, wrong_source=rolled(again),
             constant=_VALUES),
         row("pad", lambda kernel: jnp.concatenate([kernel, jnp.zeros_like(kernel)]), padded,
-            wrong_source=padded[::-1]),
+            wrong_source=np.roll(padded[::-1], 1, axis=1)),
         row("slice", lambda kernel: kernel[::2], sliced, before=LARGE, wrong_source=sliced + 4),
         row("duplicate_in", lambda kernel: jnp.concatenate([kernel, kernel]), twice, share=0.5, wrong_share=1.0),
         row("duplicate_out", lambda kernel: jnp.concatenate([kernel, kernel]) / 2, twice, factor=0.5,

@@ -212,9 +212,14 @@ _HOLDS: dict[str, tuple[Holds, ...]] = {
     "adafactor_plain": (_FACTORS,),
     "adafactor_momentum": (_FACTORS,),
     "backtracking": (_CACHED,),
+    "cocob": (Holds("by kind", "its reward is of the way that copies have gone together", COPIES, "*.reward"),),
     "galore": (
         Holds(
-            "restarted", "a new projector is made when the count says so", ("pad", "slice", *COPIES), "*.count", _RULES
+            "restarted",
+            "a new projector is made when the count says so",
+            ("pad", "slice", *COPIES),
+            "[[]0].count",
+            _RULES,
         ),
         Holds("by kind", "the projector and what it projects stay until it is renewed", _EVERY),
     ),
