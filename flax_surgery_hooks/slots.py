@@ -18,6 +18,7 @@ from flax_surgery_hooks import slot_probe
 from flax_surgery_hooks.errors import SlotError
 from flax_surgery_hooks.layouts import Laid, Made
 from flax_surgery_hooks.paths import KeyPath, Leaves
+from flax_surgery_hooks.rules import KINDS
 from flax_surgery_hooks.slot_checks import check_made, initial
 from flax_surgery_hooks.slot_registry import REGISTRY, TRAITS
 from flax_surgery_hooks.slot_registry import version as registry_version
@@ -180,6 +181,7 @@ def find_slots(
     stands_for = _representatives(places, param_shapes)
     chosen = set(stands_for.values()) or {0}
     probed = slot_probe.probe(tx, params_treedef, param_shapes, tuple(sorted(chosen)))
+    _check_known(places, probed, stands_for, param_keys)
     laid = _lying(places, slot_shapes, param_shapes, Made(tx, params_treedef, param_shapes, 0, 0))
     found: dict[int, list[Slot]] = {}
     for place in places:
@@ -291,6 +293,29 @@ def _representatives(places: list[_Place], shapes: slot_probe.Shapes) -> dict[in
             alike.append(owner)
         stands_for[owner] = alike[-1]
     return stands_for
+
+
+def _check_known(
+    places: list[_Place], probed: slot_probe.Probed, stands_for: dict[int, int], param_keys: tuple[KeyPath, ...]
+) -> None:
+    """Raises unless it is registered what every field holds; the error drafts the registration by what was measured."""
+    unknown = [place for place in places if not place.field.known]
+    if not unknown:
+        return
+    state, seen = unknown[0].field.state, {}
+    for place in unknown:
+        verdict = probed.verdicts[place.keys(param_keys[stands_for[place.owner]])]
+        if place.field.state is state and (place.field.field not in seen or verdict.kind is not None):
+            seen[place.field.field] = verdict
+    first = next(iter(seen))
+    draft = ", ".join(f'{field}="{verdict.kind or "grad"}"' for field, verdict in seen.items())
+    raise SlotError(
+        f"The field {first!r} of the optimizer state {state.__name__} mirrors the parameters, and what it holds "
+        "is unknown.",
+        found=f"class {state.__module__}.{state.__qualname__}; "
+        + ", ".join(f"{field}: {verdict.seen}" for field, verdict in seen.items()),
+        write=f'fsh.register_slot({state.__name__}, {draft}) (or another of {", ".join(KINDS)}), or opt_state="keep"',
+    )
 
 
 def _kind(field: Field, verdict: slot_probe.Verdict) -> str:

@@ -1,6 +1,7 @@
 """Which optimizer leaf belongs to which parameter, and what it holds, read in the context of its chain."""
 
 import typing
+from unittest import mock
 
 import flax.core
 import flax.linen as nn
@@ -250,18 +251,21 @@ def momentum(linear=True):
 
 
 @pytest.fixture
-def registry(monkeypatch):
+def registry():
     """What a test registers is forgotten after it."""
-    slots.find_slots.cache_clear()
-    yield
+    with mock.patch.dict(slot_registry.REGISTRY), mock.patch.dict(slot_registry.TRAITS):
+        yield
     slots.find_slots.cache_clear()
 
 
 def test_an_unknown_state_is_an_error_with_advice_that_works(registry):
     with pytest.raises(SlotError, match="'mine' of the optimizer state Momentum mirrors the parameters") as caught:
         find(momentum())
-    assert caught.value.found == f"class {__name__}.Momentum"
+    assert caught.value.found == f"class {__name__}.Momentum; mine: order 1.00 in the gradient, signed"
     assert 'fsh.register_slot(Momentum, mine="grad")' in caught.value.write
+    with pytest.raises(SlotError) as other:
+        find(momentum(linear=False))
+    assert 'fsh.register_slot(Momentum, mine="update")' in other.value.write, "the draft is what was measured"
     assert 'opt_state="keep"' in caught.value.write
     state = make_state(0, momentum(), w=jnp.ones(2))
     assert fsh.operate(state, lambda w: w * 2, opt_state="keep")[0].params["w"].tolist() == [2, 2]
