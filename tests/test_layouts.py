@@ -120,7 +120,10 @@ def test_lifting_is_the_estimate_that_the_optimizer_uses(x64):
     lifted = FACTORED.lift(parts, (3, 4))
     update, after = factored().update(grads, state, start())
     decay = 1.0 - float(state.count + 1) ** -0.8
-    new = [decay * part + (1 - decay) * (grads["kernel"] ** 2).mean(axis=axis) for part, axis in zip(parts, (1, 0))]
+    new = [
+        decay * part + (1 - decay) * (grads["kernel"] ** 2).mean(axis=axis)
+        for part, axis in zip(parts, (1, 0), strict=False)
+    ]
     expected = grads["kernel"] / np.sqrt(np.outer(new[0], new[1]) / new[0].mean())
     np.testing.assert_allclose(update["kernel"], expected)
     np.testing.assert_allclose(lifted, np.outer(parts[0], parts[1]) / parts[0].mean())
