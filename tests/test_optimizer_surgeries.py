@@ -257,6 +257,8 @@ CASES = {
     "returns": Case(own(lambda optimizer, **_: None), FUNCTION, ("must return the optimizer", "Found: NoneType")),
     "other_params": Case(own(lambda optimizer, **_: optimizer.replace(params={})), FUNCTION, ("Found: other params",)),
     "longer": Case(own(longer), e.StructureError, ("of the optimizer state another shape", "[3] -> [3, 2]")),
+    "other_structure": Case(own(lambda optimizer, **_: optimizer.replace(opt_state=())), e.StructureError,
+                            ("another structure, and the optimizer is the same", "opt_state=..., tx=...")),
     "both": Case(lambda: fsh.operate(SCHEDULED, Both()), FUNCTION,
                  ("no leaves beside it", "edit_optimizer and __call__", "two surgeries")),
     "path": Case(lambda: fsh.operate(SCHEDULED, Paths()), FUNCTION,

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_surgery_hooks.errors import SlotError, StateError, SurgeryFunctionError
+from flax_surgery_hooks.errors import SlotError, StateError, SurgeryFunctionError, typed
 from flax_surgery_hooks.optax.freezable import FreezableState
 from flax_surgery_hooks.optax.rewarm import RewarmState
 from flax_surgery_hooks.optimizer_edits import Optimizer
 from flax_surgery_hooks.paths import close_matches, listed
 from flax_surgery_hooks.slots import Slot, owners_of
+from flax_surgery_hooks.switching import switch
 
 _INJECTED: tuple[Any, ...] = tuple(
     getattr(optax, name)
@@ -227,3 +228,59 @@ def _initial(slot: Slot, old: Any, path: str) -> Any:
         )
     # Of the old leaf, so that a sharded one is made where it lies.
     return jnp.full_like(old, slot.init)
+
+
+@dataclass(frozen=True)
+class SwitchOptimizer:
+    """Puts another optimizer in the place of the state's. Parameters stay; a compiled train step is traced anew.
+
+    A slot of the new optimizer is taken from the old one's slot of the same parameter and kind (first moments, squares
+    and so on, see `rules.KINDS`; of several the one of the same name), times the ratio of their sizes under a constant
+    gradient, which is measured on a tiny copy of both: from Adam to SGD, trace = mu / (1 - b1); from Adam to Lion, or
+    to Muon, mu stays as it is. What has no such source, or no known size, starts as `tx.init` makes it, copies of the
+    parameters from the parameters as they are now. The record's `detail` says which is which.
+
+    Where Adam's second moments start at zero beside first moments or counts that are carried (from SGD or Lion), its
+    next updates are many times the learning rate: then `carry=False, count="restart"`, or a `fsh.optax.rewarm`.
+
+    The new optimizer is in `state.tx`: a trainer that uses another reference to it has to take it from there, for
+    example in `on_reshape` of the hook. To the optimizer that the state has already, it does nothing.
+
+    Args:
+      tx: the new optimizer.
+      carry: whether slots are carried.
+      count: "carry": counts of updates, and so schedules, go on: each from the old state of the same class, if there is
+        one, else from the largest. "restart": they start at 0.
+
+    >>> import optax, flax_surgery_hooks as fsh
+    >>> state = fsh.TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.adam(0.1, b1=0.5))
+    >>> state = state.apply_gradients(grads={"w": jnp.ones(1)})
+    >>> state, record = fsh.operate(state, SwitchOptimizer(optax.sgd(0.1, momentum=0.5)))
+    >>> state.opt_state[0].trace["w"].tolist()  # mu is 0.5
+    [1.0]
+    """
+
+    tx: Any
+    carry: bool = True
+    count: Literal["carry", "restart"] = "carry"
+
+    def __post_init__(self):
+        if not callable(getattr(self.tx, "init", None)) or not callable(getattr(self.tx, "update", None)):
+            raise SurgeryFunctionError(
+                "SwitchOptimizer takes an optax transformation.",
+                found=typed(self.tx),
+                write="SwitchOptimizer(optax.sgd(0.1, momentum=0.9))",
+            )
+        if not isinstance(self.carry, bool):
+            raise SurgeryFunctionError("SwitchOptimizer(carry=...) is True or False.", found=typed(self.carry))
+        if self.count not in ("carry", "restart"):
+            raise SurgeryFunctionError(
+                "SwitchOptimizer(count=...) is unknown.", found=repr(self.count), write='"carry" or "restart"'
+            )
+
+    def edit_optimizer(self, optimizer: Optimizer, /) -> Optimizer:
+        """The optimizer after it."""
+        optimizer.check_whole("SwitchOptimizer")
+        if self.tx == optimizer.tx:
+            return optimizer
+        return switch(optimizer, self.tx, carry=self.carry, count=self.count)
