@@ -150,7 +150,7 @@ def test_one_bare_array_and_leaves_that_a_partition_leaves_out():
 
 def test_a_preview_leaves_the_state_and_configs_name_them():
     config = {
-        "a": fsh.config.hook("set_hyperparams", params="**", at=(1,), values={"learning_rate": 0.01}),
+        "a": fsh.config.hook("set_hyperparams", params="**", at=(1,), hyperparams={"learning_rate": 0.01}),
         "b": fsh.config.hook("rewarm", params="w", every=2),
     }
     hooks = fsh.SurgeryHooks.from_config(config)

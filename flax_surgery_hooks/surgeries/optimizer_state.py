@@ -31,7 +31,7 @@ class SetHyperparams:
     are written again. The compiled train step goes on.
 
     Args:
-      values: hyperparameter -> number. Each is written wherever the optimizer has one of this name. One that a schedule
+      hyperparams: name -> number. Each is written wherever the optimizer has one of this name. One that a schedule
         drives is refused: the next update would overwrite it.
 
     >>> import optax, flax_surgery_hooks as fsh
@@ -42,16 +42,16 @@ class SetHyperparams:
     0.01
     """
 
-    values: dict[str, float]
+    hyperparams: dict[str, float]
 
     def __post_init__(self):
-        if not isinstance(self.values, dict) or not self.values:
+        if not isinstance(self.hyperparams, dict) or not self.hyperparams:
             raise SurgeryFunctionError(
                 "SetHyperparams takes hyperparameters by name.",
-                found=repr(self.values),
+                found=repr(self.hyperparams),
                 write='SetHyperparams({"learning_rate": 0.01})',
             )
-        for name, value in self.values.items():
+        for name, value in self.hyperparams.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise SurgeryFunctionError(
                     f"SetHyperparams needs a finite number for {name!r}.",
@@ -72,7 +72,7 @@ class SetHyperparams:
                 found=type(optimizer.opt_state).__name__,
                 write="tx=optax.inject_hyperparams(optax.adam)(learning_rate=0.1)",
             )
-        unknown = [name for name in self.values if name not in there]
+        unknown = [name for name in self.hyperparams if name not in there]
         if unknown:
             raise StateError(
                 f"The optimizer has no hyperparameter {unknown[0]!r}.",
@@ -83,7 +83,7 @@ class SetHyperparams:
 
     def _written(self, state: Any, there: set[str]) -> Any:
         there.update(state.hyperparams)
-        mine = {name: value for name, value in self.values.items() if name in state.hyperparams}
+        mine = {name: value for name, value in self.hyperparams.items() if name in state.hyperparams}
         driven = [name for name in mine if name in getattr(state, "hyperparams_states", ())]
         if driven:
             raise StateError(
