@@ -276,6 +276,11 @@ def test_the_parameters_that_it_may_ask_for():
     np.testing.assert_allclose(new.opt_state[0][0].trace["w"], expected)
 
 
+def test_slots_that_are_not_finite_are_refused():
+    with pytest.raises(e.RefusedError, match="40 non-finite values"):
+        own(lambda slots, **_: {name: slot.value / (0 if "mu" in name else 1) for name, slot in slots.items()})()
+
+
 def own(function):
     return lambda: fsh.operate(ADAM, Own(function), params="w", inputs={"factor": 1.0})
 

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,6 +218,14 @@ def test_counts_go_on_or_restart():
     assert int(new.opt_state[1].count) == 2  # the largest
 
 
+def test_a_count_within_a_period_starts_anew():
+    """Carried, it would be beyond the end of the period, and the transform would wait for that for ever."""
+    new, told = switched(trained(ADAM), optax.chain(optax.adam(0.1), contrib.reduce_on_plateau(accumulation_size=3)))
+    assert int(new.opt_state[1].count) == 0
+    assert int(new.opt_state[0][0].count) == 5
+    assert told["counts"] == {"ScaleByAdamState": "carried"}
+
+
 def test_one_count_for_several_is_copied_so_that_the_state_can_be_donated():
     warm = optax.linear_schedule(0.0, 1.0, 100)
     new, _ = switched(trained(ADAM), optax.chain(optax.adam(warm), optax.scale_by_schedule(warm)))
@@ -360,6 +369,23 @@ def test_loose_parts_one_bare_array_and_holes():
     back, told = switched(new, ADAM)
     assert told["initialised"] == {"ScaleByAdamState.mu": 1, "ScaleByAdamState.nu": 2}
     next_update(back)
+
+
+def test_boxes_keys_and_integers_among_the_parameters():
+    names = {2: ("a", "b"), 1: ("a",)}
+    params = jax.tree.map(lambda p: nn.Partitioned(p, names[p.ndim]), trained(ADAM, 0).params)
+    state = fsh.TrainState.create(apply_fn=None, params=params, tx=ADAM)
+    state = state.apply_gradients(grads=params)
+    next_update(switched(state, optax.adagrad(0.1))[0])
+    new, _ = switched(state, MOMENTUM)
+    np.testing.assert_allclose(new.opt_state[0].trace["bias"].value, state.params["bias"].value * 0 + 0.5, rtol=1e-6)
+    assert new.opt_state[0].trace["bias"].names == ("a",)
+    mixed = {"w": jnp.ones(2), "n": jnp.arange(3), "key": jax.random.key(0)}
+    masked = optax.masked(ADAM, {"w": True, "n": False, "key": False})
+    bound = fsh.bind(params=mixed, opt_state=masked.init(mixed), tx=masked)
+    new, record = fsh.operate(bound, SwitchOptimizer(optax.masked(MOMENTUM, {"w": True, "n": False, "key": False})))
+    assert json.loads(record.detail)["initialised"] == {}
+    assert new.params["key"] is mixed["key"]
 
 
 def test_nnx_keeps_the_structure_of_its_optimizer():
