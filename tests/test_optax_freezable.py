@@ -16,7 +16,7 @@ from tiny import assert_bitwise_equal
 
 import flax_surgery_hooks as fsh
 from flax_surgery_hooks import slots
-from flax_surgery_hooks.optax import FreezableState, freezable
+from flax_surgery_hooks.optax import FreezableState, freezable, rewarm, scale_by_adam_per_element
 from flax_surgery_hooks.paths import flatten
 
 ADAMW = optax.adamw(0.1, weight_decay=0.1)
@@ -279,6 +279,11 @@ def test_an_inner_update_of_nan_does_not_reach_a_frozen_leaf():
     assert np.isnan(after["free"]).any()
 
 
+def test_the_transforms_are_there_when_they_are_asked_for():
+    assert fsh.optax.freezable is freezable
+    assert fsh.optax.rewarm is rewarm
+
+
 def test_extra_arguments_reach_the_inner_optimizer():
     seen = {}
 
@@ -345,14 +350,44 @@ CONTAINERS = {
 }
 
 
+def key_paths(tree):
+    return [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_it_freezes_in_every_container(name):
     params = CONTAINERS[name]()
     assert len(bits(params)) == 1
     tx = freezable(ADAMW)
     state = tx.init(params)
-    assert jax.tree.structure(state.frozen) == jax.tree.structure(params)
+    assert key_paths(state.frozen) == key_paths(params)
     assert what_moved(tx, params) == []
+
+
+TRANSFORMS = [freezable(optax.adam(0.1)), rewarm(3), scale_by_adam_per_element(per="unit"), scale_by_adam_per_element()]
+
+
+@pytest.mark.parametrize("tx", TRANSFORMS)
+def test_boxes_that_name_mesh_axes_do_not_shard_scalars(tx):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    params = {"w": nn.Partitioned(jnp.ones((16, 3)), ("d", None)), "v": nn.Partitioned(jnp.ones(8), ("d",))}
+    shardings = nn.get_sharding(jax.eval_shape(tx.init, params), mesh)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    updates, after = jax.jit(tx.update)(params, state)
+    assert jax.tree.structure((updates, after)) == jax.tree.structure((params, state))
+
+
+@pytest.mark.parametrize("tx", TRANSFORMS)
+def test_variables_that_name_mesh_axes_do_not_shard_scalars(tx):
+    kernel = nnx.with_partitioning(nnx.initializers.ones, ("d", None))
+    with jax.set_mesh(jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))):
+        model = nnx.Linear(16, 3, use_bias=False, kernel_init=kernel, rngs=nnx.Rngs(0))
+        [before] = jax.tree.leaves(nnx.state(model))
+        optimizer = nnx.Optimizer(model, optax.chain(tx, optax.scale(-1.0)), wrt=nnx.Param)
+        optimizer.update(model, nnx.state(model, nnx.Param))
+        [after] = jax.tree.leaves(nnx.state(model))
+    assert after.sharding.is_equivalent_to(before.sharding, 2)
+    assert (after != before).all()
 
 
 @pytest.mark.parametrize("params", [jnp.array([-0.0, 1.0]), jnp.float32(-0.0)])

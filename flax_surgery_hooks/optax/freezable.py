@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_surgery_hooks.optax.beside import beside, map_beside
 from flax_surgery_hooks.slots import owners_of, register_slot
 
 
@@ -16,7 +17,8 @@ class FreezableState(NamedTuple):
 
     Attributes:
       inner_state: that of the inner optimizer.
-      frozen: a bool of shape () for each parameter, in the structure of the parameters.
+      frozen: a bool of shape () for each parameter, at their key paths (boxes and variables around
+        them name no mesh axes).
     """
 
     inner_state: Any
@@ -55,13 +57,13 @@ def freezable(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> FreezableState:
-        return FreezableState(inner.init(params), jax.tree.map(lambda _: jnp.zeros((), bool), params))
+        return FreezableState(inner.init(params), beside(params, lambda _: jnp.zeros((), bool)))
 
     def update(updates: Any, state: FreezableState, params: Any = None, **extra: Any) -> tuple[Any, FreezableState]:
-        seen = jax.tree.map(lambda g, frozen: _filled(g, frozen, 0.0), updates, state.frozen)
+        seen = map_beside(lambda g, frozen: _filled(g, frozen, 0.0), updates, state.frozen)
         moved, inner_state = inner.update(seen, state.inner_state, params, **extra)
         # p + -0.0 is bitwise p for every p; p + 0.0 is not: it makes 0.0 of -0.0.
-        moved = jax.tree.map(lambda u, frozen: _filled(u, frozen, -0.0), moved, state.frozen)
+        moved = map_beside(lambda u, frozen: _filled(u, frozen, -0.0), moved, state.frozen)
         owners = _owners(inner, state.inner_state, state.frozen, updates)
         return moved, state._replace(inner_state=_kept(state.inner_state, inner_state, owners, state.frozen))
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_surgery_hooks.optax.beside import beside, map_beside
 from flax_surgery_hooks.rules import check_choice
 
 PER = ("element", "unit")
@@ -71,7 +72,7 @@ def scale_by_adam_per_element(
     mu_dtype = mu_dtype if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
 
     def init(params: Any) -> ScaleByAdamPerElementState:
-        age = jax.tree.map(lambda p: jnp.zeros(_age_shape(jnp.shape(p), per), jnp.float32), params)
+        age = _ages(params, per)
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         return ScaleByAdamPerElementState(age, mu, optax.tree.zeros_like(params))
 
@@ -87,7 +88,7 @@ def scale_by_adam_per_element(
                 mean = b1 * (m / _seen(b1, age + 1, m)) + (1 - b1) * (g / _seen(b1, age, g))
             return mean / (jnp.sqrt(v / _seen(b2, age, v) + eps_root) + eps)
 
-        moved = jax.tree.map(direction, updates, mu, nu, age)
+        moved = map_beside(direction, updates, mu, nu, age)
         return moved, ScaleByAdamPerElementState(age, optax.tree.cast(mu, mu_dtype), optax.tree.cast_like(nu, state.nu))
 
     return optax.GradientTransformation(init, update)
@@ -134,8 +135,15 @@ def adamw_per_element(
     return optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate))
 
 
-def _age_shape(shape: tuple[int, ...], per: str) -> tuple[int, ...]:
-    return shape if per == "element" or not shape else (1,) * (len(shape) - 1) + shape[-1:]
+def _ages(params: Any, per: str) -> Any:
+    if per == "element":
+        return optax.tree.zeros_like(params, dtype=jnp.float32)  # sharded like the parameters
+
+    def of_units(leaf: Any) -> jax.Array:
+        shape = jnp.shape(leaf)
+        return jnp.zeros((1,) * (len(shape) - 1) + shape[-1:] if shape else (), jnp.float32)
+
+    return beside(params, of_units)
 
 
 def _seen(decay: Any, age: jax.Array, moment: jax.Array) -> jax.Array:

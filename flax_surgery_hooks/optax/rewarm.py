@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_surgery_hooks.errors import ScheduleError, typed
+from flax_surgery_hooks.optax.beside import beside, map_beside
 from flax_surgery_hooks.rules import check_choice
 from flax_surgery_hooks.slots import register_slot
 
@@ -21,8 +22,8 @@ class RewarmState(NamedTuple):
     """State of `rewarm`.
 
     Attributes:
-      since: an int32 of shape () for each parameter, in the structure of the parameters: updates since the trigger,
-        at most `steps`. 0 triggers; `steps` is inactive.
+      since: an int32 of shape () for each parameter, at their key paths (boxes and variables around them name
+        no mesh axes): updates since the trigger, at most `steps`. 0 triggers; `steps` is inactive.
     """
 
     since: Any
@@ -76,12 +77,12 @@ def rewarm(steps: int, *, start: float = 0.0, schedule: str = "linear") -> optax
         return jax.lax.select_n(since < steps, update, slow)
 
     def init(params: Any) -> RewarmState:
-        return RewarmState(jax.tree.map(lambda _: jnp.full((), steps, jnp.int32), params))
+        return RewarmState(beside(params, lambda _: jnp.full((), steps, jnp.int32)))
 
     def update(updates: Any, state: RewarmState, params: Any = None) -> tuple[Any, RewarmState]:
         del params
         after = jax.tree.map(lambda since: jnp.where(since < steps, since + 1, steps), state.since)
-        return jax.tree.map(scaled, updates, state.since), RewarmState(after)
+        return map_beside(scaled, updates, state.since), RewarmState(after)
 
     return optax.GradientTransformation(init, update)
 
