@@ -27,7 +27,7 @@ from flax_surgery_hooks.schedules import Schedule as Schedule
 from flax_surgery_hooks.schedules import at as at
 from flax_surgery_hooks.schedules import every as every
 from flax_surgery_hooks.selection import select as select
-from flax_surgery_hooks.slots import register_slot as register_slot
+from flax_surgery_hooks.slot_registry import register_slot as register_slot
 from flax_surgery_hooks.surgery import Surgery as Surgery
 from flax_surgery_hooks.surgery import key_for as key_for
 from flax_surgery_hooks.train_state import TrainState as TrainState

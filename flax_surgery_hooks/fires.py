@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from absl import logging
 
 from flax_surgery_hooks import memory, optimizer_edits
+from flax_surgery_hooks.committing import commit as commit_arrays
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.operate import Outcome, needs_key, record_of, run, run_abstractly
-from flax_surgery_hooks.operate import commit as put_outcome
 from flax_surgery_hooks.operation import Operation, Unit, fire_for
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
@@ -43,7 +43,7 @@ def foresee(operation: Operation, state: Any, name: str, key: Any, inputs: dict[
     plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
     reshape.check_paths(state, plan)
     outcome = run_abstractly(operation, plan, arrays, key, jnp.int32(0), inputs)
-    return reshape.replaced(put_outcome(state, parts, plan, outcome, reshape.tx))
+    return reshape.replaced(commit_arrays(operation, state, parts, plan, outcome.arrays, outcome.ok, reshape.tx))
 
 
 def _planned(
@@ -115,7 +115,7 @@ def fire(
         programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit, donate=donate, state=state
     )
     if outcome.applied:
-        state = put_outcome(state, parts, plan, outcome, reshape.tx)
+        state = commit_arrays(operation, state, parts, plan, outcome.arrays, outcome.ok, reshape.tx)
         if operation.edit.takes("memory"):
             state = memory.put(state, name, _remembered(operation, plan, outcome))
     reshaped = shapes(state.params) != shapes(held)

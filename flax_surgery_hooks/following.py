@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from flax_surgery_hooks import transport
 from flax_surgery_hooks.errors import RuleError, SlotError, UserCodeError, located, shorten
-from flax_surgery_hooks.operation import FOLLOWING, NOTHING, Fire, Operation, Unit, like
-from flax_surgery_hooks.reductions import totals
+from flax_surgery_hooks.operation import FOLLOWING, Fire, Operation, Unit, like
+from flax_surgery_hooks.relaid import move_laid, of_neighbours, seed_of
 from flax_surgery_hooks.slots import Slot
 from flax_surgery_hooks.surgery import path_hash
 
@@ -30,6 +30,8 @@ def move_slots(
     """New slots, which of their elements are fresh, and the seeds that were used."""
     values = [jnp.asarray(slot) for slot in slots]
     gathered = _gather_all(operation, unit, how, values)
+    shapes = {path: leaf.shape for path, leaf in zip(unit.after.paths, new, strict=True)}
+    moved = move_laid(operation, unit, how, values, shapes, seeds)
     old = dict(zip(unit.paths, params, strict=True))
     results, flags, used = [], [], []
     for i, (slot, origin) in enumerate(zip(unit.after.slots, unit.origins(), strict=True)):
@@ -39,11 +41,15 @@ def move_slots(
         fresh = None
         with located(path=path):
             value = values[origin] if origin is not None else _started(unit, i, slot, new[position])
-            if i in gathered:
+            if i in moved:
+                result, seed = moved[i]
+            elif i in gathered:
                 assert how is not None
                 fresh = how.fresh(path, str(rule), tuple(_held(unit, values, slot.group, slot.kind)))
                 before = value if origin is not None else _of_neighbours(unit, values, slot, path)
-                seed = seeds[i] if seeds is not None else _seed(operation, slot, gathered[i], fresh, before, how, path)
+                seed = (
+                    seeds[i] if seeds is not None else seed_of(operation, slot, gathered[i], fresh, before, how, path)
+                )
                 result = transport.fill_fresh(gathered[i], fresh, slot.kind, seed)
             elif callable(rule):
                 hashed = fire.hashes[unit.paths.index(path)] if path in old else path_hash(path)
@@ -62,22 +68,12 @@ def move_slots(
 def _started(unit: Unit, place: int, slot: Slot, new: jax.Array) -> jax.Array:
     """The slot of a new leaf as `tx.init` makes it."""
     dtype = unit.after.dtypes[1][place]
-    return new.astype(dtype) if slot.kind == "param" else jnp.full(new.shape, slot.init or 0.0, dtype)
+    return new.astype(dtype) if slot.kind == "param" else jnp.full(slot.shape(new.shape), slot.init or 0.0, dtype)
 
 
 def _of_neighbours(unit: Unit, values: Sequence[jax.Array], slot: Slot, path: str) -> jax.Array:
-    """What stands for the old slot of a leaf that is new, to take a mean of: one element, the mean of its neighbours'.
-
-    Neighbours are the leaves that the surgery was given under the same last name (kernels of a kernel), else all. With
-    nothing there second moments would start from zero, which optax never bias-corrects in the middle of a run.
-    """
-    held = {other: value for other, (_, value) in _held(unit, values, slot.group, slot.kind).items() if value.size}
-    alike = [value for other, value in held.items() if other.split("/")[-1] == path.split("/")[-1]]
-    chosen = alike or list(held.values())
-    if not chosen:
-        return jnp.asarray(NOTHING)
-    total = sum(totals([value.astype(jnp.float32)])[0] for value in chosen)
-    return jnp.reshape(total / sum(value.size for value in chosen), (1,))
+    """What stands for the old slot of a leaf that is new, to take a mean of."""
+    return of_neighbours({p: value for p, (_, value) in _held(unit, values, slot.group, slot.kind).items()}, path)
 
 
 def _gather_all(
@@ -110,7 +106,7 @@ def _together(operation: Operation, unit: Unit) -> dict[tuple[str, str], dict[st
     """Field and kind -> path -> index of the slot after the edit, for those that follow the edit."""
     together: dict[tuple[str, str], dict[str, int]] = {}
     for i, slot in enumerate(unit.after.slots):
-        if operation.rules.rule(slot.kind) in FOLLOWING:
+        if operation.rules.rule(slot.kind) in FOLLOWING and slot.laid is None:
             together.setdefault((slot.group, slot.kind), {})[unit.after.path(slot)] = i
     return together
 
@@ -125,26 +121,10 @@ def _check_layout(slot: Slot, value: jax.Array, old: jax.Array, path: str) -> No
         )
 
 
-def _seed(
-    operation: Operation,
-    slot: Slot,
-    moved: jax.Array,
-    fresh: jax.Array,
-    old: jax.Array,
-    how: transport.Follow,
-    path: str,
-) -> jax.Array:
-    init = 0.0 if slot.init is None else slot.init
-    if not transport.uses_seed(slot.kind) or operation.fresh == "init":
-        return jnp.asarray(init, jnp.float32)
-    rule = str(operation.rules.rule(slot.kind))
-    return transport.mean_if_any_fresh(how, rule, slot.kind, path, moved, fresh, old, init)
-
-
 def _reset(slot: Slot, value: jax.Array, new: jax.Array) -> jax.Array:
     if slot.kind == "param":
         return new.astype(value.dtype)
-    return jnp.full(new.shape, 0.0 if slot.init is None else slot.init, value.dtype)
+    return jnp.full(slot.shape(new.shape), 0.0 if slot.init is None else slot.init, value.dtype)
 
 
 def _keep(slot: Slot, value: jax.Array, old: Any, new: jax.Array) -> jax.Array:
@@ -173,10 +153,11 @@ def _call_rule(
             f"The opt_state function {name} raised {type(error).__name__} on {slot.name}: {shorten(error)}",
             write="def fn(slot, *, kind, path, old, new, key): return slot",
         ) from error
-    if not hasattr(result, "shape") or result.shape != new.shape:
+    shape = slot.shape(new.shape)
+    if not hasattr(result, "shape") or result.shape != shape:
         raise RuleError(
-            f"The opt_state function {name} must return an array shaped like the new leaf for {slot.name}.",
+            f"The opt_state function {name} must return an array of the slot's new shape for {slot.name}.",
             found=list(result.shape) if hasattr(result, "shape") else type(result).__name__,
-            write=f"an array of shape {list(new.shape)}",
+            write=f"an array of shape {list(shape)}",
         )
     return result

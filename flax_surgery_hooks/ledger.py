@@ -40,6 +40,7 @@ class Record:
       removed: leaves that it took away.
       leaves: per leaf its shape and dtype after the edit.
       in_place: the leaves whose slots stayed in place under "carry" because the edit mixes elements.
+      restarted: slots that could not be moved and were made anew, as "Class.field path".
       donated: whether the old leaves gave their memory to the new ones.
       passed: due steps since the last call that this fire stands for.
       seconds: host time of the fire, without waiting for the device.
@@ -61,6 +62,7 @@ class Record:
     removed: tuple[str, ...] = _static(())
     leaves: tuple[tuple[tuple[int, ...], str], ...] = _static(())
     in_place: tuple[str, ...] = _static(())
+    restarted: tuple[str, ...] = _static(())
     donated: bool = _static(False)
     passed: tuple[int, ...] = _static(())
     seconds: float = _static(0.0)
@@ -94,6 +96,7 @@ class Record:
         fields["removed"] = list(self.removed)
         fields["leaves"] = [{"shape": list(shape), "dtype": dtype} for shape, dtype in self.leaves]
         fields["in_place"] = list(self.in_place)
+        fields["restarted"] = list(self.restarted)
         fields["donated"] = self.donated or None
         fields["passed"] = list(self.passed)
         fields["seconds"] = round(self.seconds, 6)

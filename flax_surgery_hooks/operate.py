@@ -16,16 +16,18 @@ import numpy as np
 
 from flax_surgery_hooks import checks, donation, optimizer_edits, rules
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
+from flax_surgery_hooks.committing import commit
 from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError
 from flax_surgery_hooks.ledger import Record
+from flax_surgery_hooks.mirrors import checked, original, view
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
 from flax_surgery_hooks.planning import arrays_of, plan_units
 from flax_surgery_hooks.programs import Arrays, Measured, Programs, choose
-from flax_surgery_hooks.repath import opt_state_for, repathed
+from flax_surgery_hooks.relaid import restarted
 from flax_surgery_hooks.selection import Patterns, select
 from flax_surgery_hooks.surgery import RESERVED, Edit, as_edit, describe
-from flax_surgery_hooks.train_state import Parts, put_back, take_apart
+from flax_surgery_hooks.train_state import take_apart
 from flax_surgery_hooks.verdicts import judge, rows_of, verdict
 
 
@@ -42,6 +44,7 @@ def operate(
     key: jax.Array | None = None,
     step: Any = None,
     inputs: Mapping[str, Any] | None = None,
+    mirrors: Mapping[str, str] | None = None,
 ) -> tuple[Any, Record]:
     """Applies one surgery to a train state and its optimizer state. Pure: the given state is not touched.
 
@@ -60,6 +63,7 @@ def operate(
       key: PRNG key, if the surgery draws.
       step: what the surgery sees as `step`; by default `state.step`.
       inputs: further inputs by name.
+      mirrors: fields of the state that hold trees like the parameters, see `SurgeryHooks`.
 
     Returns:
       The new state, and the record with its figures (traced or abstract where the state is).
@@ -75,7 +79,7 @@ def operate(
     ([0.5, 0.5, 0.5], 0.5)
     """
     start = time.perf_counter()
-    parts = take_apart(state)
+    take_apart(state)
     operation = make_operation(
         surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard
     )
@@ -92,6 +96,8 @@ def operate(
     if operation.edit.edit_optimizer is not None:
         ran = optimizer_edits.run(operation, state, key, step, traced_inputs)
         return ran.state, dataclasses.replace(ran.record, event="settled", seconds=time.perf_counter() - start)
+    state = view(state, checked(mirrors))
+    parts = take_apart(state)
     plan = plan_units(operation, parts, key, traced_inputs)
     arrays = [arrays_of(unit, parts) for unit in plan]
     given = (arrays, key, step, traced_inputs)
@@ -108,7 +114,7 @@ def operate(
         outcome = run_abstractly(operation, plan, *given)
     else:
         outcome = _run_traced(operation, plan, *given)
-    return commit(state, parts, plan, outcome), record_of(
+    return original(commit(operation, state, parts, plan, outcome.arrays, outcome.ok)), record_of(
         operation,
         plan,
         outcome,
@@ -324,29 +330,6 @@ def _stand_in(seed: int, leaf: Any) -> Any:
     return jax.random.normal(jax.random.key(seed), leaf.shape, leaf.dtype)
 
 
-def commit(state: Any, parts: Parts, plan: Sequence[Unit], outcome: Outcome, tx: Any = None) -> Any:
-    """The state with the values of an outcome; all other leaves are the same objects.
-
-    Args:
-      state: the state that `parts` was taken from.
-      parts: its parts.
-      plan: the units of the fire.
-      outcome: what became of them.
-      tx: the optimizer for other paths, by default that of the state.
-    """
-    params: dict[str, Any] = {}
-    slots: dict[int, Any] = {}
-    for unit, new in zip(plan, outcome.arrays, strict=True):
-        params.update(zip(unit.after.paths, new.params, strict=True))
-        slots.update(zip((slot.index for slot in unit.after.slots), new.slots, strict=True))
-    if any(unit.other is not None for unit in plan):
-        leaves = repathed(parts.params, [path for unit in plan for path in unit.paths], params)
-        opt_state = opt_state_for(tx or parts.tx, leaves, parts.tx, parts.params, parts.opt_state, slots)
-        return state.replace(params=jax.tree.unflatten(leaves.treedef, leaves.values), opt_state=opt_state)
-    places = {place: params[path] for unit in plan for place, path in zip(unit.places, unit.paths, strict=True)}
-    return put_back(state, parts, places, slots)
-
-
 def _nonfinite(outcome: Outcome) -> float:
     return float(outcome.figures["params/nonfinite"]) + float(outcome.figures["slots/nonfinite"])
 
@@ -354,6 +337,10 @@ def _nonfinite(outcome: Outcome) -> float:
 def record_of(operation: Operation, plan: Sequence[Unit], outcome: Outcome, **fields: Any) -> Record:
     """The record of a fire."""
     leaves = [leaf for new in outcome.arrays for leaf in new.params]
+    shapes = [
+        {path: tuple(leaf.shape) for path, leaf in zip(unit.after.paths, new.params, strict=True)}
+        for unit, new in zip(plan, outcome.arrays, strict=True)
+    ]
     mixed = tuple(path for unit, stays in zip(plan, outcome.in_place, strict=True) if stays for path in unit.paths)
     return Record(
         surgery=describe_json(operation.edit),
@@ -363,6 +350,9 @@ def record_of(operation: Operation, plan: Sequence[Unit], outcome: Outcome, **fi
         removed=tuple(path for unit in plan for path in unit.removed),
         leaves=tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves),
         in_place=mixed,
+        restarted=tuple(
+            name for unit, one in zip(plan, shapes, strict=True) for name in restarted(operation, unit, one)
+        ),
         donated=outcome.donated,
         **fields,
     )

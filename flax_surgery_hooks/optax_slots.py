@@ -8,7 +8,8 @@ from typing import Any
 import optax
 from optax import contrib
 
-from flax_surgery_hooks.slots import Kind, Preceding, register_slot
+from flax_surgery_hooks.layouts import FACTORED, PER_AXIS, PER_LEAF, PROJECTED, STACKED
+from flax_surgery_hooks.slot_registry import Kind, Preceding, register_slot
 
 # Transforms behind which updates are preconditioned, of order 0 in the gradient, and those that leave the order alone.
 # Behind any other (an `EmptyState` may be a clip, a sign or a weight decay) the numeric probe decides.
@@ -84,11 +85,30 @@ _OPTAX: dict[str, dict[str, Any]] = {
     "InjectHyperparamsState": {"hyperparams": "none"},
     "InjectStatefulHyperparamsState": {"hyperparams": "none", "hyperparams_states": "none"},
     "AddNoiseState": {"rng_key": "none"},
-}
+    "FactoredState": {"v_row": SECOND, "v_col": SECOND, "v": SECOND},
+    "ScaleByNovogradState": {"mu": "update", "nu": SECOND},
+    "ScaleBySM3State": {"mu": SECOND, "nu": "update"},
+    "ScaleByLBFGSState": {
+        "params": "param", "updates": FIRST, "diff_params_memory": "param_diff", "diff_updates_memory": FIRST,
+        "weights_memory": "none",
+    },
+    "ScaleByBacktrackingLinesearchState": {"grad": "grad"},
+    "BacktrackingLinesearchInfo": {},
+    "ScaleByZoomLinesearchState": {"grad": "grad"},
+    "ZoomLinesearchInfo": {},
+    "ZeroNansState": {"found_nan": "none"},
+    "SnapshotState": {"measurement": "none"},
+    "MonitorState": {"measurements": "none", "measure_states": "none"},
+}  # fmt: skip
 
 _CONTRIB: dict[str, dict[str, Any]] = {
     # Scalars over all leaves (distances, norms) are those of the old model until steps renew them.
     "DAdaptAdamWState": {"exp_avg": FIRST, "exp_avg_sq": SECOND, "grad_sum": FIRST},
+    # The reward is a product of gradient and way: neither scales it.
+    "COCOBState": {
+        "init_particles": "param", "cumulative_gradients": FIRST, "scale": "grad_abs", "subgradients": "grad_abs",
+        "reward": "invariant",
+    },
     "DoGState": {"init_params": "param"},
     "DoWGState": {"init_params": "param"},
     "MadgradState": {"grad_sum_sq": SECOND, "s": FIRST, "x0": "param"},
@@ -100,13 +120,40 @@ _CONTRIB: dict[str, dict[str, Any]] = {
     "ReduceLROnPlateauState": {},
     "ScaleByAdemamixState": {"m1": FIRST, "m2": FIRST, "nu": SECOND},
     "ScaleBySimplifiedAdEMAMixState": {"m": FIRST, "n": SECOND},
+    "GaLoreState": {"projector": "invariant"},
+    "HutchinsonState": {"key": "none"},
+    "SAMState": {"cache": "param"},
     "ScheduleFreeState": {"z": "param"},
+    # Second derivatives scale as squares of first ones do.
+    "SophiaState": {"mu": FIRST, "nu": "grad_sq"},
+}  # fmt: skip
+
+# How slots lie that do not mirror their parameter, and what has to be made anew beside them: L-BFGS says nothing of
+# another function, a line search would take the cached loss for that of the edited model, and a projector that started
+# anew makes updates of zero until its count says that it is due.
+_TRAITS: dict[str, dict[str, Any]] = {
+    "FactoredState": {"layout": FACTORED},
+    "GaLoreState": {"layout": PROJECTED, "restarts": {"count": "reshape"}},
+    "ScaleByLBFGSState": {"layout": STACKED, "restarts": {"count": "unpreserved", "weights_memory": "unpreserved"}},
+    "ScaleByNovogradState": {"layout": PER_LEAF},
+    "ScaleBySM3State": {"layout": PER_AXIS},
+    "ScaleByBacktrackingLinesearchState": {"restarts": {"value": "edit"}},
+    "ScaleByZoomLinesearchState": {"restarts": {"value": "edit"}},
 }
 
-_UNEXPORTED = sys.modules[optax.scale_by_adam.__module__]  # some states are not in optax's public namespace
+# Some states are not in optax's public namespace, but in that of a function's module.
+_FUNCTIONS = (
+    (optax, ("scale_by_adam", "scale_by_factored_rms", "scale_by_backtracking_linesearch")),
+    (contrib, ("cocob", "galore", "sam", "sophia")),
+)
+_MODULES = [optax, contrib, optax.transforms] + [
+    sys.modules[getattr(module, name).__module__]
+    for module, names in _FUNCTIONS
+    for name in names
+    if hasattr(module, name)
+]
 
-for _module, _table in ((optax, _OPTAX), (contrib, _CONTRIB)):
-    for _name, _fields in _table.items():
-        _state = getattr(_module, _name, None) or getattr(_UNEXPORTED, _name, None)
-        if _state is not None:  # older releases lack some
-            register_slot(_state, **_fields)
+for _name, _fields in (_OPTAX | _CONTRIB).items():
+    _state = next((getattr(module, _name) for module in _MODULES if hasattr(module, _name)), None)
+    if _state is not None:  # older releases lack some
+        register_slot(_state, **_TRAITS.get(_name, {}), **_fields)

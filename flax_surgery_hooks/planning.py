@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_surgery_hooks.committing import piece_of
 from flax_surgery_hooks.errors import RuleError, SlotError, StateError
 from flax_surgery_hooks.operation import Fire, Operation, Side, Unit, compute_dtype, fire_for, units
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.perform import call_unit
 from flax_surgery_hooks.programs import Arrays
 from flax_surgery_hooks.repath import initial_opt_state, repathed
-from flax_surgery_hooks.slots import as_abstract, slots_of
+from flax_surgery_hooks.slots import Slot, as_abstract, slots_of
 from flax_surgery_hooks.train_state import Parts
 
 
@@ -77,9 +78,14 @@ def arrays_of(unit: Unit, parts: Parts, memory: Any = ()) -> Arrays:
     """The values of a unit's leaves and slots, and what is remembered of them."""
     return Arrays(
         tuple(parts.params.values[place] for place in unit.places),
-        tuple(parts.opt_leaves[slot.index] for slot in unit.slots),
+        tuple(_value(parts, slot) for slot in unit.slots),
         memory,
     )
+
+
+def _value(parts: Parts, slot: Slot) -> Any:
+    leaf = parts.opt_leaves[slot.index]
+    return leaf if slot.offset is None else piece_of(leaf, slot, parts.params.values[slot.owner])
 
 
 def _with_paths_after(operation: Operation, unit: Unit, parts: Parts, fire: Fire, tx: Any) -> Unit:

@@ -236,7 +236,7 @@ class Programs:
 
 
 def _generic(unit: Unit) -> Unit:
-    slots = tuple(dataclasses.replace(slot, index=i, owner=0) for i, slot in enumerate(unit.slots))
+    slots = tuple(dataclasses.replace(slot, index=i, owner=0, offset=None) for i, slot in enumerate(unit.slots))
     return Unit((ANY_LEAF,), (0,), slots)
 
 

@@ -6,6 +6,7 @@ large it is of order 1 in the gradient, 16 times of order 2, equal of order 0; n
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,7 +44,16 @@ class Probed(NamedTuple):
 
 
 Shapes = tuple[tuple[tuple[int, ...], Any], ...]
-KIND_OF = {(1, -1): "grad", (2, 1): "grad_sq", (1, 1): "grad_abs", (0, -1): "update", (0, 1): "invariant"}
+KIND_OF = {
+    (1, -1): "grad", (2, 1): "grad_sq", (1, 1): "grad_abs", (0, -1): "update", (0, 1): "invariant",
+    (-1, -1): "param_diff",
+}  # fmt: skip
+ARGUMENTS = (("value", "grad", "value_fn"), ("value", "obj_fn"), ("obj_fn",), ())
+"""Sets of arguments beside the gradients that `update` may ask for, in the order in which they are tried."""
+MEASUREMENTS = tuple(
+    getattr(optax, name) for name in ("MonitorState", "SnapshotState") if hasattr(optax, name)
+)  # older releases lack some
+"""States of what users measure while they train: arrays of any shape, whose structure `tx.init` need not know."""
 
 
 def small(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -83,10 +93,13 @@ def _probe(tx: Any, params_treedef: Any, shapes: Shapes, chosen: tuple[int, ...]
         params = jax.tree.unflatten(params_treedef, leaves)
         scaled = [[i % 2 == half or len(chosen) == 1 for i in range(len(chosen))] for half in (0, 1)]
         factors = np.array([[_factors(each, to) for to in (1.0, SCALE, -1.0)] for each in scaled], np.float32)
-        first, last = _streams(tx, params)(jnp.asarray(factors.reshape(6, len(chosen))))
-        items = jax.tree_util.tree_flatten_with_path(jax.eval_shape(tx.init, params))[0]
+        first, last = _run(tx, params, jnp.asarray(factors.reshape(6, len(chosen))))
+        items = jax.tree_util.tree_flatten_with_path(without_measurements(jax.eval_shape(tx.init, params)))[0]
         originals = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params) if _is_float(leaf)]
-        verdicts = [_judge(a, b, originals) for a, b in zip(first, last, strict=True)]
+        originals.append(np.concatenate([leaf.ravel() for leaf in originals]))  # as `optax.flatten` has them
+        sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+        elements = np.repeat(np.asarray(scaled), sizes, axis=1)
+        verdicts = [_judge(a, b, originals, elements) for a, b in zip(first, last, strict=True)]
         keys = [path for path, _ in items]
         return Probed(dict(zip(keys, verdicts, strict=True)), dict(zip(keys, map(_constant, first), strict=True)))
 
@@ -104,7 +117,15 @@ def _factors(scaled: list[bool], to: float) -> list[float]:
     return [SMALL * to if one else LARGE for one in scaled]
 
 
-def _streams(tx: Any, params: Any) -> Callable[[Any], tuple[Any, Any]]:
+def _run(tx: Any, params: Any, factors: jax.Array) -> tuple[Any, Any]:
+    """The streams, with the first set of further arguments that the optimizer takes."""
+    for arguments in ARGUMENTS[:-1]:
+        with contextlib.suppress(TypeError, ValueError):
+            return _streams(tx, params, arguments)(factors)
+    return _streams(tx, params, ARGUMENTS[-1])(factors)
+
+
+def _streams(tx: Any, params: Any, arguments: tuple[str, ...]) -> Callable[[Any], tuple[Any, Any]]:
     """A function from factors [streams, leaves] to the leaves of the initial and of the final states [streams, ...]."""
     transform = optax.with_extra_args_support(tx)
     leaves, treedef = jax.tree.flatten(params)
@@ -119,21 +140,53 @@ def _streams(tx: Any, params: Any) -> Callable[[Any], tuple[Any, Any]]:
 
         return jax.tree.unflatten(treedef, [one(place, leaf) for place, leaf in enumerate(leaves)])
 
+    def moved(step: int, factors: jax.Array) -> Any:
+        """The parameters after so many steps: moved by the inverse of the gradient's factor, as if the model computed
+        the same.
+        """
+
+        def one(place: int, leaf: Any) -> Any:
+            if not _is_float(leaf):
+                return leaf
+            drift = 0.01 * step * SMALL * np.random.default_rng(place).normal(size=leaf.shape)
+            return (leaf + jnp.asarray(drift, jnp.float32) / factors[place]).astype(leaf.dtype)
+
+        return jax.tree.unflatten(treedef, [one(place, leaf) for place, leaf in enumerate(leaves)])
+
+    def objective(factors: jax.Array) -> Callable[[Any], jax.Array]:
+        """A loss whose second derivatives are of order 2, for those that ask for it."""
+
+        def loss(params: Any) -> jax.Array:
+            floats = [leaf for leaf in jax.tree.leaves(params) if _is_float(leaf)]
+            terms = [jnp.sum((factor * leaf) ** 2) for factor, leaf in zip(factors, floats, strict=False)]
+            return jnp.sum(jnp.stack(terms))
+
+        return loss
+
     def stream(factors: jax.Array) -> Any:
-        state, current = transform.init(params), params
+        state = transform.init(params)
         for step in range(STEPS):
             grads = gradients(step, factors)
-            updates, state = transform.update(
-                grads, state, current, value=jnp.float32(1), grad=grads, value_fn=lambda _: jnp.float32(1)
-            )
-            current = jax.tree.map(lambda p, u: optax.apply_updates(p, u) if _is_float(p) else p, current, updates)
+            known = {
+                "value": jnp.ones(()), "grad": grads, "value_fn": lambda _: jnp.ones(()),
+                "obj_fn": objective(factors),
+            }  # fmt: skip
+            given = {name: known[name] for name in arguments}
+            _, state = transform.update(grads, state, moved(step, factors), **given)
         return state
 
     return lambda factors: (_numbers(transform.init(params)), _numbers(jax.vmap(stream)(factors)))
 
 
+def without_measurements(state: Any) -> Any:
+    """An optimizer state with None in place of what users measure."""
+    is_one = lambda node: isinstance(node, MEASUREMENTS)  # noqa: E731
+    return jax.tree.map(lambda node: None if is_one(node) else node, state, is_leaf=is_one)
+
+
 def _numbers(state: Any) -> list[jax.Array]:
     """The leaves of a state; what is no float becomes a 0, since keys cannot leave the device."""
+    state = without_measurements(state)
     return [leaf if _is_float(leaf) else jnp.zeros((), jnp.int32) for leaf in map(_as_array, jax.tree.leaves(state))]
 
 
@@ -152,7 +205,8 @@ def _constant(leaf: Any) -> float | None:
     return float(values[0]) if (values == values[0]).all() else None
 
 
-def _judge(first: Any, last: Any, originals: list[np.ndarray]) -> Verdict:
+def _judge(first: Any, last: Any, originals: list[np.ndarray], elements: np.ndarray) -> Verdict:
+    """Compares the streams of one leaf; `elements` [2, size] says which of all parameters' elements were scaled."""
     if not _is_float(last):
         return Verdict(None, "not a float")
     start = np.asarray(first, np.float64)
@@ -161,8 +215,10 @@ def _judge(first: Any, last: Any, originals: list[np.ndarray]) -> Verdict:
         return Verdict("param", "starts as a copy of the parameters")
     streams = np.asarray(last, np.float64).reshape(2, 3, -1)
     best = Verdict(None, "does not move")
-    for base, larger, negated in streams:
-        moved = (base != 0) & np.isfinite(base) & np.isfinite(larger) & np.isfinite(negated)
+    everything = np.ones((2, streams.shape[-1]), bool)
+    counted = elements if start.shape == elements.shape[1:] else everything  # one vector for all parameters
+    for scaled, (base, larger, negated) in zip(counted, streams, strict=True):
+        moved = scaled & (base != 0) & np.isfinite(base) & np.isfinite(larger) & np.isfinite(negated)
         if not moved.any():
             continue
         order = np.median(np.log(np.maximum(np.abs(larger[moved] / base[moved]), 1e-30))) / np.log(SCALE)

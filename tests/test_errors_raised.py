@@ -24,7 +24,7 @@ from tiny import MOMENTUM, halve, make_hooks, make_state
 
 import flax_surgery_hooks as fsh
 from flax_surgery_hooks import errors as e
-from flax_surgery_hooks import slots
+from flax_surgery_hooks import slot_registry, slots
 from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, ResetMoments, Scale
 
 ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "config", "config_export", "config_fields",
@@ -121,7 +121,7 @@ def odd_optimizer(start, update=lambda old, g: old + g.sum()):
 
 def on_odd(tx, kind=None, run=fsh.operate, **kwargs):
     def registered():
-        with mock.patch.dict(slots._REGISTRY):
+        with mock.patch.dict(slot_registry.REGISTRY):
             if kind is not None:
                 fsh.register_slot(Odd, mine=kind)
             slots.find_slots.cache_clear()

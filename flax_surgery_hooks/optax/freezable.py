@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from flax_surgery_hooks.optax.beside import beside, map_beside
-from flax_surgery_hooks.slots import owners_of, register_slot
+from flax_surgery_hooks.slot_registry import register_slot
+from flax_surgery_hooks.slots import owners_of
 
 
 class FreezableState(NamedTuple):

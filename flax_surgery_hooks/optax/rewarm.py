@@ -11,7 +11,7 @@ import optax
 from flax_surgery_hooks.errors import ScheduleError, typed
 from flax_surgery_hooks.optax.beside import beside, map_beside
 from flax_surgery_hooks.rules import check_choice
-from flax_surgery_hooks.slots import register_slot
+from flax_surgery_hooks.slot_registry import register_slot
 
 SCHEDULES = ("linear", "cosine")
 MOST_STEPS = 2**31 - 1
