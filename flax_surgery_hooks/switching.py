@@ -91,8 +91,9 @@ def _sources(optimizer: Optimizer, tx: Any, made: Any, slots: Mapping[int, tuple
     found = {}
     for owner, of_leaf in slots.items():
         for slot in of_leaf:
-            old = _match(slot, [other for other in held.get(owner, ()) if slot.kind in ORDER])
-            if old is None or shapes[slot.index] != old_shapes[old.index]:
+            old = _match(slot, held.get(owner, ()) if slot.kind in ORDER else ())
+            # A vector that holds the slots of all parameters goes as a whole.
+            if old is None or (shapes[slot.index], slot.offset) != (old_shapes[old.index], old.offset):
                 continue
             factor = _factor(old_sizes.get(old.group), sizes.get(slot.group), old.name == slot.name)
             if factor is not None:

@@ -371,6 +371,25 @@ def test_loose_parts_one_bare_array_and_holes():
     next_update(back)
 
 
+def test_one_vector_of_all_slots():
+    flat = {name: optax.flatten(tx) for name, tx in {"adam": ADAM, "sgd": optax.sgd(0.1, momentum=B1)}.items()}
+    state = trained(flat["adam"])
+    new, _ = switched(state, flat["sgd"])
+    np.testing.assert_allclose(new.opt_state[0].trace, 10 * state.opt_state[0].mu, rtol=1e-6)
+    apart, told = switched(state, optax.sgd(0.1, momentum=B1))
+    assert told["initialised"] == {"TraceState.trace": 2}
+    next_update(apart)
+
+
+def test_slots_of_other_layouts_start_anew_or_stay():
+    state = trained(optax.adafactor(0.1, min_dim_size_to_factor=4))
+    new, told = switched(state, ADAM)
+    assert told["carried"] == {}
+    next_update(new)
+    again, _ = switched(trained(ADAM), state.tx)
+    next_update(again)
+
+
 def test_boxes_keys_and_integers_among_the_parameters():
     names = {2: ("a", "b"), 1: ("a",)}
     params = jax.tree.map(lambda p: nn.Partitioned(p, names[p.ndim]), trained(ADAM, 0).params)

@@ -209,23 +209,24 @@ def _marked(optimizer: Optimizer, surgery: str, kind: Any, field: str, value: An
 
 def _without_first_moments(optimizer: Optimizer) -> Optimizer:
     leaves, treedef = jax.tree.flatten(optimizer.opt_state)
-    slots = optimizer.slots
+    slots, params = optimizer.slots, optimizer.leaves
     for place in optimizer.selected:
         for slot in slots.get(place, ()):
             if slot.kind in ("grad", "update"):
-                leaves[slot.index] = _initial(
-                    slot, leaves[slot.index], optimizer.paths[optimizer.selected.index(place)]
-                )
+                size = math.prod(jnp.shape(params.values[place]))
+                leaves[slot.index] = _initial(slot, leaves[slot.index], size, params.paths[place])
     return optimizer.replace(opt_state=jax.tree.unflatten(treedef, leaves))
 
 
-def _initial(slot: Slot, old: Any, path: str) -> Any:
+def _initial(slot: Slot, old: Any, size: int, path: str) -> Any:
     if slot.init is None:
         raise SlotError(
             f"`tx.init` fills {slot.name} with no constant, so that it cannot be reset.",
             path=path,
             write='Thaw(first_moments="keep")',
         )
+    if slot.offset is not None:  # a vector that holds the slots of all parameters
+        return jnp.asarray(old).at[slot.offset : slot.offset + size].set(slot.init)
     # Of the old leaf, so that a sharded one is made where it lies.
     return jnp.full_like(old, slot.init)
 
