@@ -29,7 +29,7 @@ from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Rei
 
 ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "config", "config_export", "config_fields",
              "config_hook", "config_reading", "config_registry", "config_writing", "derived_schedules", "errors",
-             "optimizer", "optimizer_edits", "optimizer_state", "paths", "rewarm", "schedules", "selection",
+             "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "rewarm", "schedules", "selection",
              "slot_edits", "slot_gain", "switching", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
@@ -207,15 +207,14 @@ CASES = {
     "slot_function": Case(on_slots(halve, opt_state=fail), e.UserCodeError,
                           ("fail raised ValueError on TraceState.trace: no luck", "def fn(slot, *,"), W),
     "slot_shape": Case(on_slots(halve, opt_state=lambda slot, **_: slot[1:]), RULE,
-                       ("like the new leaf for TraceState.trace", "Found: [3]", "an array of shape [4]"), W),
+                       ("of the slot's new shape for TraceState.trace", "Found: [3]", "an array of shape [4]"), W),
     "unknown_slot": Case(on_odd(odd_optimizer(jnp.zeros_like)), SLOT,
                          ("'mine' of the optimizer state Odd mirrors", 'fsh.register_slot(Odd, mine="grad")')),
     "wrong_kind": Case(on_odd(odd_optimizer(jnp.zeros_like, lambda old, g: old + g), "grad_sq"), SLOT,
                        ("Odd.mine is registered as grad_sq", "order 1.00 in the gradient, signed", "mine='grad'")),
     "field": Case(lambda: fsh.register_slot(Odd, yours="grad"), SLOT, ("Odd has no field 'yours'", "fields mine")),
-    "flattened": Case(lambda: fsh.operate(make_state(0, optax.flatten(MOMENTUM), w=jnp.ones(2), v=jnp.ones(3)), halve),
-                      SLOT,
-                      ("'trace' of TraceState holds an array that does not mirror", "float32[5]", 'trace="none"')),
+    "no_mirror": Case(on_odd(optax.GradientTransformation(lambda _: Odd(jnp.ones(7)), lambda u, s, _: (u, s))), SLOT,
+                      ("'mine' of Odd holds an array that does not mirror", "float32[7]", 'mine="none"')),
     "other_optimizer": Case(lambda: fsh.operate(PLAIN.replace(opt_state=SLOTS.opt_state), halve), STATE,
                             ("not what `tx.init` makes for these parameters", "tx.init(params)")),
     "other_params": Case(lambda: fsh.operate(SLOTS.replace(params={"w": jnp.ones(4), "v": jnp.ones(5)}), halve), STATE,
