@@ -103,7 +103,18 @@ def slots_of(tx: Any, opt_state: Any, params: Leaves) -> dict[int, tuple[Slot, .
 
 def restarts_of(tx: Any, opt_state: Any, params: Leaves) -> tuple[Restart, ...]:
     """The leaves of an optimizer state that have to be made anew after edits; arguments as for `slots_of`."""
+    if not _may_restart(jax.tree.structure(opt_state), registry_version()):
+        return ()  # every fire asks; most optimizers have none
     return _found(tx, opt_state, params).restarts
+
+
+@functools.lru_cache(maxsize=32)
+def _may_restart(treedef: Any, version: int) -> bool:
+    """Whether a state class with such leaves is in a structure; `version` is that of the registry."""
+    node = treedef.node_data()
+    if node is not None and node[0] in TRAITS and TRAITS[node[0]].restarts:
+        return True
+    return any(_may_restart(child, version) for child in treedef.children())
 
 
 def _found(tx: Any, opt_state: Any, params: Leaves) -> Found:
