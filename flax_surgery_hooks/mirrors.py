@@ -1,7 +1,8 @@
-"""Trees beside the optimizer state that mirror the parameters, averages and target networks: they move like slots.
+"""Further fields of a train state: mirrors of the parameters, which move like slots, and leaves to edit beside them.
 
-A train state that has some is looked at as one whose optimizer state holds them too, so that all that is known of slots
-is true of them: kinds, rules, layouts of parameters, records, donation.
+A train state that has averages or target networks is looked at as one whose optimizer state holds them too, so that all
+that is known of slots is true of them: kinds, rules, records, donation. One whose `batch_stats` are to be edited is
+looked at as one whose parameters hold them too.
 """
 
 from __future__ import annotations
@@ -44,22 +45,39 @@ def checked(mirrors: Mapping[str, str] | None) -> Mirrors:
     return tuple(sorted(mirrors.items()))
 
 
-def view(state: Any, mirrors: Mirrors) -> Any:
-    """The state with its mirrors among the optimizer state; itself if there are none.
+def view(state: Any, mirrors: Mirrors, fields: tuple[str, ...] = ()) -> Any:
+    """The state with its mirrors among the optimizer state and some fields among the parameters; itself without any.
 
     Raises:
-      StateError: the state has no such field, or the field does not mirror the parameters.
+      StateError: the state has no such field, the field does not mirror the parameters, or cannot stand beside them.
     """
     held = tuple((name, kind) for name, kind in mirrors if _held(state, name) is not None)
-    return View(state, held) if held else state
+    _check_fields(state, fields)
+    return View(state, held, fields) if held or fields else state
+
+
+def _check_fields(state: Any, fields: tuple[str, ...]) -> None:
+    for name in fields:
+        if getattr(state, name, None) is None:
+            raise StateError(
+                f"fields= names the field {name!r}, which the train state has not.",
+                found=type(state).__name__,
+                write="the name of a field that holds a tree, such as batch_stats",
+            )
+        if not isinstance(state.params, Mapping) or name in state.params:
+            raise StateError(
+                f"The field {name!r} cannot stand beside the parameters.",
+                found=type(state.params).__name__,
+                write="parameters in a dict or FrozenDict that has no such key",
+            )
 
 
 def viewed(state: Any, mirrors: Mirrors, operation: Operation, reshape: Reshape) -> tuple[Any, Reshape]:
     """The view for one hook, and what the hook brings for such a state; surgeries of the optimizer see it alone."""
-    held = state if operation.edit.edit_optimizer is not None else view(state, mirrors)
+    held = state if operation.edit.edit_optimizer is not None else view(state, mirrors, operation.fields)
     if held is state or reshape.tx is None:
         return held, reshape
-    return held, dataclasses.replace(reshape, tx=mirroring(reshape.tx, held.mirrors))
+    return held, dataclasses.replace(reshape, tx=extended(reshape.tx, held.mirrors, held.fields))
 
 
 def _held(state: Any, name: str) -> Any:
@@ -86,31 +104,47 @@ def original(state: Any) -> Any:
 
 
 class View:
-    """A train state whose `opt_state` is the pair of its own and of its mirrors, and whose `tx` makes such pairs."""
+    """A train state whose `opt_state` holds its mirrors too, whose `params` hold some fields too, and whose `tx` is for
+    such parameters and makes such states.
+    """
 
-    def __init__(self, state: Any, mirrors: Mirrors):
+    def __init__(self, state: Any, mirrors: Mirrors, fields: tuple[str, ...]):
         self._state = state
         self.mirrors = mirrors
-        self.tx = mirroring(state.tx, mirrors)
+        self.fields = fields
+        self.tx = extended(state.tx, mirrors, fields)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
 
     @property
+    def params(self) -> Any:
+        """The parameters, and the fields under their names."""
+        if not self.fields:
+            return self._state.params
+        both = {**self._state.params, **{name: getattr(self._state, name) for name in self.fields}}
+        return type(self._state.params)(both)
+
+    @property
     def opt_state(self) -> Any:
         """The optimizer's state and the mirrors."""
+        if not self.mirrors:
+            return self._state.opt_state
         held = _class_for(self.mirrors)
         return Beside(self._state.opt_state, held(*(getattr(self._state, name) for name, _ in self.mirrors)))
 
     def replace(self, **changes: Any) -> View:
         """The same look at a state with these changes."""
-        both = changes.pop("opt_state", None)
-        if both is not None:
+        params = changes.pop("params", None)
+        if params is not None:
+            changes |= {"params": without(params, self.fields), **{name: params[name] for name in self.fields}}
+        if self.mirrors and "opt_state" in changes:
+            both = changes.pop("opt_state")
             changes |= {"opt_state": both.opt_state, **both.mirrors._asdict()}
         tx = changes.pop("tx", None)
         if tx is not None:
-            changes["tx"] = getattr(tx.init, "mirrored", tx)
-        return View(self._state.replace(**changes), self.mirrors)
+            changes["tx"] = getattr(tx.init, "extends", tx)
+        return View(self._state.replace(**changes), self.mirrors, self.fields)
 
     def unviewed(self) -> Any:
         """The state itself."""
@@ -134,6 +168,27 @@ def _class_for(mirrors: Mirrors) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
+def extended(tx: Any, mirrors: Mirrors, fields: tuple[str, ...]) -> Any:
+    """An optimizer for parameters with fields beside them, whose state has their mirrors beside it.
+
+    Its `init` has two attributes: `extends`, the optimizer for a train state as it is, and `inner`, the one for the
+    parameters without fields; see `slots.slots_of`.
+    """
+    inner = mirroring(tx, mirrors) if mirrors else tx
+
+    def init(params: Any) -> Any:
+        return inner.init(without(params, fields))
+
+    init.extends, init.inner, init.fields = tx, inner, fields  # type: ignore[attr-defined]
+    return optax.GradientTransformation(init, inner.update)
+
+
+def without(params: Any, fields: tuple[str, ...]) -> Any:
+    """Parameters without the fields beside them."""
+    return type(params)({name: value for name, value in params.items() if name not in fields}) if fields else params
+
+
+@functools.lru_cache(maxsize=64)
 def mirroring(tx: Any, mirrors: Mirrors) -> Any:
     """An optimizer whose state has trees beside it that mirror the parameters and that it leaves alone."""
     inner, held = optax.with_extra_args_support(tx), _class_for(mirrors)
@@ -146,5 +201,4 @@ def mirroring(tx: Any, mirrors: Mirrors) -> Any:
         updates, opt_state = inner.update(updates, state.opt_state, params, **given)
         return updates, Beside(opt_state, state.mirrors)
 
-    init.mirrored = tx  # type: ignore[attr-defined]  # the way back
     return optax.GradientTransformationExtraArgs(init, update)

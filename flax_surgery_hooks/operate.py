@@ -45,6 +45,7 @@ def operate(
     step: Any = None,
     inputs: Mapping[str, Any] | None = None,
     mirrors: Mapping[str, str] | None = None,
+    fields: Sequence[str] = (),
 ) -> tuple[Any, Record]:
     """Applies one surgery to a train state and its optimizer state. Pure: the given state is not touched.
 
@@ -64,6 +65,7 @@ def operate(
       step: what the surgery sees as `step`; by default `state.step`.
       inputs: further inputs by name.
       mirrors: fields of the state that hold trees like the parameters, see `SurgeryHooks`.
+      fields: fields of the state, such as `batch_stats`, whose leaves can be selected too, as `batch_stats/...`.
 
     Returns:
       The new state, and the record with its figures (traced or abstract where the state is).
@@ -81,8 +83,9 @@ def operate(
     start = time.perf_counter()
     take_apart(state)
     operation = make_operation(
-        surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard
-    )
+        surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
+        fields=fields,
+    )  # fmt: skip
     operation, traced_inputs = bind_inputs(operation, inputs or {})
     if operation.edit.takes("memory"):
         raise StateError(
@@ -96,7 +99,7 @@ def operate(
     if operation.edit.edit_optimizer is not None:
         ran = optimizer_edits.run(operation, state, key, step, traced_inputs)
         return ran.state, dataclasses.replace(ran.record, event="settled", seconds=time.perf_counter() - start)
-    state = view(state, checked(mirrors))
+    state = view(state, checked(mirrors), operation.fields)
     parts = take_apart(state)
     plan = plan_units(operation, parts, key, traced_inputs)
     arrays = [arrays_of(unit, parts) for unit in plan]
@@ -158,6 +161,7 @@ def make_operation(
     guard: str = "finite",
     figures: bool = True,
     histograms: bool = False,
+    fields: Sequence[str] = (),
 ) -> Operation:
     """Reads all that `operate` and `SurgeryHooks.add` are told about one surgery.
 
@@ -179,6 +183,7 @@ def make_operation(
         rules.check_choice(guard, rules.GUARDS, "guard"),
         figures,
         histograms,
+        tuple(fields),
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax_surgery_hooks import slot_probe
 from flax_surgery_hooks.errors import SlotError
 from flax_surgery_hooks.layouts import Laid, Made
-from flax_surgery_hooks.paths import KeyPath, Leaves
+from flax_surgery_hooks.paths import KeyPath, Leaves, flatten
 from flax_surgery_hooks.rules import KINDS
 from flax_surgery_hooks.slot_checks import check_made, initial
 from flax_surgery_hooks.slot_registry import REGISTRY, TRAITS
@@ -98,14 +98,30 @@ def slots_of(tx: Any, opt_state: Any, params: Leaves) -> dict[int, tuple[Slot, .
       SlotError: a state or field of unknown meaning, or one whose registered kind the probe contradicts.
       StateError: `opt_state` is not what `tx.init` makes for these parameters.
     """
-    return _found(tx, opt_state, params).slots
+    inner, fields = getattr(tx.init, "inner", tx), getattr(tx.init, "fields", ())
+    if not fields:
+        return _found(inner, opt_state, params).slots
+    # Fields of the train state that stand beside the parameters have no slots.
+    places = [place for place, keys in enumerate(params.keys) if getattr(keys[0], "key", None) not in fields]
+    bare = flatten(_without(params, fields))
+    found = _found(inner, opt_state, bare).slots
+    return {
+        places[owner]: tuple(dataclasses.replace(slot, owner=places[owner]) for slot in slots)
+        for owner, slots in found.items()
+    }
+
+
+def _without(params: Leaves, fields: tuple[str, ...]) -> Any:
+    tree = jax.tree.unflatten(params.treedef, params.values)
+    return type(tree)({name: value for name, value in tree.items() if name not in fields})
 
 
 def restarts_of(tx: Any, opt_state: Any, params: Leaves) -> tuple[Restart, ...]:
     """The leaves of an optimizer state that have to be made anew after edits; arguments as for `slots_of`."""
     if not _may_restart(jax.tree.structure(opt_state), registry_version()):
         return ()  # every fire asks; most optimizers have none
-    return _found(tx, opt_state, params).restarts
+    inner, fields = getattr(tx.init, "inner", tx), getattr(tx.init, "fields", ())
+    return _found(inner, opt_state, flatten(_without(params, fields)) if fields else params).restarts
 
 
 @functools.lru_cache(maxsize=32)

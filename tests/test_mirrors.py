@@ -133,3 +133,56 @@ def test_wrong_mirrors_are_told_before_anything_is_edited():
     hooks.add("double", lambda w: 2 * w, params="kernel", when=fsh.at(100))
     with pytest.raises(StateError, match="'ema_params' of the train state does not mirror the parameters"):
         hooks(0, make().replace(ema_params={"kernel": jnp.ones((3, 4))}))
+
+
+class WithStatistics(TrainState):
+    batch_stats: typing.Any = None
+
+
+def with_statistics(tx, wrap=dict):
+    state = make()
+    stats = {"norm": {"mean": jnp.arange(4.0), "var": jnp.ones(4)}}
+    return WithStatistics.create(
+        apply_fn=None, params=wrap(state.params), tx=tx, ema_params=wrap(state.ema_params), batch_stats=wrap(stats)
+    )
+
+
+def widen(leaves):
+    """Units twice: their incoming weights with their running statistics."""
+    return {path: jnp.concatenate([leaf, leaf], axis=-1) for path, leaf in leaves.items()}
+
+
+OPTIMIZERS = {
+    "adam": lambda: optax.adam(0.1),
+    "flat": lambda: optax.flatten(optax.adam(0.1)),
+    "factored": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
+}
+
+
+@pytest.mark.parametrize("wrap", [dict, flax.core.freeze], ids=["dict", "frozen"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_statistics_are_edited_with_the_parameters_where_a_hook_asks(optimizer, wrap):
+    tx = OPTIMIZERS[optimizer]()
+    state = with_statistics(tx, wrap)
+    hooks = fsh.SurgeryHooks(mirrors={"ema_params": "param"})
+    selected = ["kernel", "bias", "batch_stats/norm/*"]
+    hooks.add("wide", widen, params=selected, fields=("batch_stats",), when=fsh.at(1), on_reshape=lambda *_: None)
+    hooks.add("double", lambda w: 2 * w, params="**", when=fsh.at(1))
+    after = hooks(1, state.replace(step=1))
+    mean = after.batch_stats["norm"]["mean"]
+    assert mean.tolist() == [0, 1, 2, 3, 0, 1, 2, 3], "a hook that did not ask for them leaves them"
+    assert after.params["kernel"].shape == after.ema_params["kernel"].shape == (3, 8)
+    assert set(after.params) == {"kernel", "bias"}
+    assert (type(after), type(after.params), after.tx) == (WithStatistics, type(state.params), tx)
+    assert jax.tree.structure(after.opt_state) == jax.tree.structure(tx.init(after.params))
+    assert hooks.ledger.records[1].paths == ("batch_stats/norm/mean", "batch_stats/norm/var", "bias", "kernel")
+    tx.update(jax.tree.map(jnp.ones_like, after.params), after.opt_state, after.params)
+
+
+def test_a_field_that_is_not_there_or_has_no_place_is_told():
+    state = with_statistics(optax.adam(0.1))
+    with pytest.raises(StateError, match="fields= names the field 'stats', which the train state has not"):
+        fsh.operate(state, widen, params="**", fields=("stats",))
+    bare = state.replace(params=jnp.ones(3), opt_state=state.tx.init(jnp.ones(3)))
+    with pytest.raises(StateError, match="The field 'batch_stats' cannot stand beside the parameters"):
+        fsh.operate(bare, lambda w: w, params="**", fields=("batch_stats",))
