@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 from optax import contrib
 from tiny import make_state
 
@@ -62,6 +63,7 @@ TREES = {
     "boxed": {"mu": partitioned(jnp.ones((2, 3))), "value": {"value": partitioned(jnp.ones(3)), "w": jnp.ones(3)}},
     "frozen": flax.core.freeze(ADVERSARIAL),
     "scalars": {"count": jnp.ones(()), "mu": jnp.ones(())},
+    "nnx": nnx.State({"mu": {"kernel": nnx.Param(jnp.ones(3))}, "kernel": nnx.Param(jnp.ones(3))}),
 }
 WRAPPERS = {
     "adam": lambda: optax.adam(0.1),
@@ -163,6 +165,9 @@ KINDS = {
     "rmsprop_momentum": (lambda: optax.rmsprop(0.1, momentum=0.9),
                          {"ScaleByRmsState.nu": "grad_sq", "TraceState.trace": "update"}),
     "lars": (lambda: optax.lars(0.1), {"TraceState.trace": "update"}),
+    "adafactor_momentum": (lambda: optax.adafactor(0.1, momentum=0.9),
+                           {f"FactoredState.{part}": "grad_sq" for part in ("v_row", "v_col", "v")}
+                           | {"EmaState.ema": "update"}),
     "clip_trace": (lambda: optax.chain(optax.clip(1.0), optax.trace(0.9)), {"TraceState.trace": "update"}),
     "sign_trace": (lambda: optax.chain(optax.scale_by_sign(), optax.trace(0.9)), {"TraceState.trace": "update"}),
     "global_clip_trace": (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9)),
