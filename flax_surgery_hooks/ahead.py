@@ -9,12 +9,15 @@ import jax
 
 from flax_surgery_hooks import fires, memory
 from flax_surgery_hooks.errors import located
+from flax_surgery_hooks.mirrors import Mirrors, original, viewed
 from flax_surgery_hooks.operate import bind_inputs
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.slots import as_abstract
 
 
-def check_ahead(hooks: Sequence[Hook], last: int, state: Any, inputs: dict[str, Any], seed: int) -> None:
+def check_ahead(
+    hooks: Sequence[Hook], last: int, state: Any, inputs: dict[str, Any], seed: int, mirrors: Mirrors
+) -> None:
     """Checks every hook against the shapes that the hooks before it will leave behind, abstractly.
 
     Args:
@@ -23,6 +26,7 @@ def check_ahead(hooks: Sequence[Hook], last: int, state: Any, inputs: dict[str, 
       state: the state at the first call.
       inputs: the trainer's inputs.
       seed: the seed of the hooks' keys.
+      mirrors: fields of the state that mirror the parameters.
 
     Raises:
       SurgeryError: what would be raised at the step in question.
@@ -30,17 +34,18 @@ def check_ahead(hooks: Sequence[Hook], last: int, state: Any, inputs: dict[str, 
     first_due = [(hook.when.next_step(last), order, hook) for order, hook in enumerate(hooks) if _may_change(hook)]
     if not first_due:
         return
-    fields = [name for name in ("params", "opt_state", "surgery") if hasattr(state, name)]
+    names = ("params", "opt_state", "surgery", *(name for name, _ in mirrors))
+    fields = [name for name in names if hasattr(state, name)]
     ahead = state.replace(**{name: jax.tree.map(as_abstract, getattr(state, name)) for name in fields})
     for step, _, hook in sorted((due for due in first_due if due[0] is not None), key=lambda due: due[:2]):
         assert step is not None
-        before, ahead = ahead, _foresee(hook, ahead, inputs, seed)
+        before, ahead = ahead, _foresee(hook, ahead, inputs, seed, mirrors)
         if not hook.reshape.declared and ahead.tx is before.tx:
             continue
         ahead = memory.fitted(ahead, [(each.name, each.operation) for each in hooks], seed, anew=True)
         for other in hooks:
             if other.when.next_step(step) is not None:
-                _foresee(other, ahead, inputs, seed)
+                _foresee(other, ahead, inputs, seed, mirrors)
 
 
 def _may_change(hook: Hook) -> bool:
@@ -48,8 +53,9 @@ def _may_change(hook: Hook) -> bool:
     return hook.reshape.declared or hook.operation.edit.edit_optimizer is not None
 
 
-def _foresee(hook: Hook, ahead: Any, inputs: dict[str, Any], seed: int) -> Any:
+def _foresee(hook: Hook, ahead: Any, inputs: dict[str, Any], seed: int, mirrors: Mirrors) -> Any:
     with located(hook=hook.name):
         operation, arrays = bind_inputs(hook.operation, inputs)
         key = fires.fire_key(operation, seed, hook.name, 0, 0)
-        return fires.foresee(operation, ahead, hook.name, key, arrays, hook.reshape)
+        held, reshape = viewed(ahead, mirrors, operation, hook.reshape)
+        return original(fires.foresee(operation, held, hook.name, key, arrays, reshape))

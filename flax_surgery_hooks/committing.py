@@ -77,7 +77,11 @@ def piece_of(leaf: Any, slot: Slot, param: Any) -> Any:
 def _joined(parts: Parts, leaves: Leaves, slot: Slot, pieces: Mapping[str, Any]) -> Any:
     """The vector of all slots, with new pieces for some parameters."""
     vector = parts.opt_leaves[slot.index]
-    sizes = [math.prod(np.shape(leaf)) for leaf in parts.params.values]
+    beside = getattr(parts.tx.init, "fields", ())  # of the train state, without slots
+    sizes = [
+        0 if path.split("/")[0] in beside else math.prod(np.shape(leaf))
+        for path, leaf in zip(parts.params.paths, parts.params.values, strict=True)
+    ]
     starts = dict(zip(parts.params.paths, itertools.accumulate(sizes, initial=0), strict=False))
     held = dict(zip(parts.params.paths, sizes, strict=True))
     if isinstance(vector, jax.ShapeDtypeStruct):

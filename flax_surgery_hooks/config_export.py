@@ -67,6 +67,7 @@ def _entry(one: Any, report: Report) -> ConfigDict | None:
         "guard": operation.guard,
         "figures": operation.figures,
         "histograms": operation.histograms,
+        "fields": operation.fields,
         "priority": one.priority,
     }
     for key, value in _extras(one).items():

@@ -33,6 +33,7 @@ class HookSpec:
       priority: the order among hooks due at one step.
       figures: whether changes are measured and written.
       histograms: whether histograms of the leaves before and after are.
+      fields: fields of the train state that can be selected too.
     """
 
     name: str
@@ -47,6 +48,7 @@ class HookSpec:
     priority: int
     figures: bool = True
     histograms: bool = False
+    fields: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class HookFields:
       priority: hooks due at one step fire from the highest to the lowest, then in the order of their names.
       figures: whether changes are measured and written.
       histograms: whether histograms of the leaves before and after are.
+      fields: fields of the train state, such as `batch_stats`, whose leaves can be selected too.
       enabled: whether the hook is there at all; a disabled one is checked all the same.
     """
 
@@ -105,6 +108,7 @@ class HookFields:
     priority: int = 0
     figures: bool = True
     histograms: bool = False
+    fields: tuple[str, ...] = ()
     enabled: bool = True
 
 

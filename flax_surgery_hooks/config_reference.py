@@ -35,9 +35,11 @@ def reference() -> str:
 
 
 def _table(cls: type) -> str:
-    """A row for each field."""
+    """A row for each field; nothing where there is none."""
     told = _told(cls)
     rows = [_row(field, told.get(field.name, "")) for field in fields_of(cls).values()]
+    if not rows:
+        return ""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (("key", "type", "default", "what"), ("---",) * 4, *rows))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from flax_surgery_hooks import rules
@@ -41,6 +41,7 @@ class HookSet:
         guard: str = "finite",
         figures: bool = True,
         histograms: bool = False,
+        fields: Sequence[str] = (),
         priority: int = 0,
         apply_fn: Callable[..., Any] | None = None,
         tx: Any = None,
@@ -61,6 +62,8 @@ class HookSet:
           figures: whether changes are measured and written.
           histograms: whether the writer gets histograms of the leaves before and after too. Until then up to 2**20
             elements of each stay on the device.
+          fields: fields of the train state, such as `batch_stats`, whose leaves this hook can select too, as
+            `batch_stats/...`; `**` takes them with the others.
           priority: hooks due at the same step fire from the highest to the lowest, then as registered.
           apply_fn: for a surgery that changes shapes: the model function that goes with the new ones.
           tx: likewise the optimizer, if it has to be another object; its states must have the same structure.
@@ -80,7 +83,7 @@ class HookSet:
                 raise HookError("`priority=` is a Python int.", found=repr(priority), write="priority=0")
             operation = make_operation(
                 surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
-                figures=bool(figures), histograms=bool(histograms),
+                figures=bool(figures), histograms=bool(histograms), fields=fields,
             )  # fmt: skip
         reshape = Reshape(apply_fn, tx, on_reshape)
         self._hooks[name] = Hook(name, operation, when, priority, self._registered, reshape)

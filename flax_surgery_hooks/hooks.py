@@ -14,6 +14,7 @@ from flax_surgery_hooks.errors import HookError, StateError, StepError, located
 from flax_surgery_hooks.hook_set import HookSet
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
+from flax_surgery_hooks.mirrors import checked, original, viewed
 from flax_surgery_hooks.operate import bind_inputs
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.passes import Program
@@ -45,6 +46,8 @@ class SurgeryHooks(HookSet):
         `donate_argnums` does with its whole state: "auto" where the new ones do not fit beside them (as far as the
         backend tells), "always" or "never". Where several hooks fire in one call only the last one may, so that an
         error leaves the state whole; one that changes shapes never does.
+      mirrors: fields of the train state that hold trees like the parameters, such as averages and target networks, and
+        what they hold (see `rules.KINDS`): `{"ema_params": "param"}`. They move with the parameters as slots do.
 
     Raises:
       HookError: an argument that is not one of these.
@@ -61,7 +64,7 @@ class SurgeryHooks(HookSet):
     # An idle call is two comparisons of integers; slots make reading these a quarter cheaper.
     __slots__ = (
         "_counts", "_last", "_programs", "_settler", "_started", "_unchecked", "_wake",
-        "donate", "ledger", "seed", "strict_steps",
+        "donate", "ledger", "mirrors", "seed", "strict_steps",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +78,7 @@ class SurgeryHooks(HookSet):
         strict_steps: bool = False,
         settle_after: int = 4,
         donate: str = "auto",
+        mirrors: Mapping[str, str] | None = None,
     ):
         super().__init__()
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -87,6 +91,7 @@ class SurgeryHooks(HookSet):
             raise HookError("Unknown donate=.", found=repr(donate), write=f"one of {', '.join(DONATE)}")
         self.seed = seed
         self.donate = donate
+        self.mirrors = checked(mirrors)
         self.ledger = Ledger(ledger, on_record)
         self.strict_steps = strict_steps
         self._settler = Settler(self.ledger, writer, on_error, settle_after)
@@ -293,7 +298,7 @@ class SurgeryHooks(HookSet):
         for name in unchecked:
             self._check(self._hooks[name], state, inputs)
         try:
-            check_ahead(self._ordered(), self._last, state, inputs, self.seed)
+            check_ahead(self._ordered(), self._last, state, inputs, self.seed, self.mirrors)
         except BaseException:
             self._unchecked.update(unchecked)  # a call that tries again is told again
             raise
@@ -305,7 +310,8 @@ class SurgeryHooks(HookSet):
         with located(hook=hook.name):
             operation, arrays = bind_inputs(hook.operation, inputs)
             key = fires.fire_key(operation, self.seed, hook.name, 0, 0)
-            fires.prepare(self._compiled(hook, operation), state, hook.name, key, 0, arrays, hook.reshape)
+            held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
+            fires.prepare(self._compiled(hook, operation), held, hook.name, key, 0, arrays, reshape)
         self._unchecked.discard(hook.name)
 
     def _fire(
@@ -324,9 +330,11 @@ class SurgeryHooks(HookSet):
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)
             programs = self._compiled(hook, operation)
-            state, fired = fires.fire(
-                programs, state, hook.name, key, step, arrays, hook.reshape, commit=commit, donate=donate
+            held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
+            held, fired = fires.fire(
+                programs, held, hook.name, key, step, arrays, reshape, commit=commit, donate=donate
             )
+            state = original(held)
             seconds = time.perf_counter() - start
             record = replace(fired.record, hook=hook.name, step=step, passed=passed, seconds=seconds)
             if fired.reshaped:

@@ -31,11 +31,16 @@ class Layout(Protocol):
       needs_transport: whether they can follow by the chain rule only, so that another rule starts them anew.
     """
 
-    name: str
-    joins: str
-    stacked: bool
-    keeps: bool
-    needs_transport: bool
+    @property
+    def name(self) -> str: ...  # noqa: D102  # properties, so that frozen dataclasses are layouts
+    @property
+    def joins(self) -> str: ...  # noqa: D102
+    @property
+    def stacked(self) -> bool: ...  # noqa: D102
+    @property
+    def keeps(self) -> bool: ...  # noqa: D102
+    @property
+    def needs_transport(self) -> bool: ...  # noqa: D102
 
     def applies(self, shape: Shape, leaf: Shape, beside: Sequence[Shape]) -> bool:
         """Whether a slot of this shape lies like this; `beside` are the shapes of the leaf's slots in the state."""

@@ -19,6 +19,7 @@ from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's s
 from flax_surgery_hooks.committing import commit
 from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError
 from flax_surgery_hooks.ledger import Record
+from flax_surgery_hooks.mirrors import checked, original, view
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
 from flax_surgery_hooks.planning import arrays_of, plan_units
@@ -43,6 +44,8 @@ def operate(
     key: jax.Array | None = None,
     step: Any = None,
     inputs: Mapping[str, Any] | None = None,
+    mirrors: Mapping[str, str] | None = None,
+    fields: Sequence[str] = (),
 ) -> tuple[Any, Record]:
     """Applies one surgery to a train state and its optimizer state. Pure: the given state is not touched.
 
@@ -61,6 +64,8 @@ def operate(
       key: PRNG key, if the surgery draws.
       step: what the surgery sees as `step`; by default `state.step`.
       inputs: further inputs by name.
+      mirrors: fields of the state that hold trees like the parameters, see `SurgeryHooks`.
+      fields: fields of the state, such as `batch_stats`, whose leaves can be selected too, as `batch_stats/...`.
 
     Returns:
       The new state, and the record with its figures (traced or abstract where the state is).
@@ -76,10 +81,11 @@ def operate(
     ([0.5, 0.5, 0.5], 0.5)
     """
     start = time.perf_counter()
-    parts = take_apart(state)
+    take_apart(state)
     operation = make_operation(
-        surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard
-    )
+        surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
+        fields=fields,
+    )  # fmt: skip
     operation, traced_inputs = bind_inputs(operation, inputs or {})
     if operation.edit.takes("memory"):
         raise StateError(
@@ -93,6 +99,8 @@ def operate(
     if operation.edit.edit_optimizer is not None:
         ran = optimizer_edits.run(operation, state, key, step, traced_inputs)
         return ran.state, dataclasses.replace(ran.record, event="settled", seconds=time.perf_counter() - start)
+    state = view(state, checked(mirrors), operation.fields)
+    parts = take_apart(state)
     plan = plan_units(operation, parts, key, traced_inputs)
     arrays = [arrays_of(unit, parts) for unit in plan]
     given = (arrays, key, step, traced_inputs)
@@ -109,7 +117,7 @@ def operate(
         outcome = run_abstractly(operation, plan, *given)
     else:
         outcome = _run_traced(operation, plan, *given)
-    return commit(operation, state, parts, plan, outcome.arrays, outcome.ok), record_of(
+    return original(commit(operation, state, parts, plan, outcome.arrays, outcome.ok)), record_of(
         operation,
         plan,
         outcome,
@@ -153,6 +161,7 @@ def make_operation(
     guard: str = "finite",
     figures: bool = True,
     histograms: bool = False,
+    fields: Sequence[str] = (),
 ) -> Operation:
     """Reads all that `operate` and `SurgeryHooks.add` are told about one surgery.
 
@@ -174,6 +183,7 @@ def make_operation(
         rules.check_choice(guard, rules.GUARDS, "guard"),
         figures,
         histograms,
+        tuple(fields),
     )
 
 

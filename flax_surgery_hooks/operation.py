@@ -35,6 +35,7 @@ class Operation:
       guard: "finite" or "off".
       figures: whether figures are computed.
       histograms: whether elements of the leaves are kept for histograms.
+      fields: fields of the train state whose leaves can be selected too, under the field's name.
       static: those of the trainer's inputs that are neither arrays nor numbers, as pairs of name and value.
     """
 
@@ -45,6 +46,7 @@ class Operation:
     guard: str = "finite"
     figures: bool = True
     histograms: bool = False
+    fields: tuple[str, ...] = ()
     static: tuple[tuple[str, Any], ...] = ()
 
 

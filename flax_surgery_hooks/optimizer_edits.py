@@ -109,7 +109,7 @@ class Ran(NamedTuple):
     Attributes:
       state: the train state after it.
       record: what is known of it.
-      switched: whether optimizer or structure are others.
+      switched: whether the optimizer is another.
     """
 
     state: Any
@@ -134,8 +134,7 @@ def run(operation: Operation, state: Any, key: Any, step: Any, inputs: Mapping[s
         after = _abstractly(operation, before, given)
     else:
         after = _edited(operation, before, key, step, inputs)
-    held: Any = jax.tree.structure(before.opt_state)
-    switched = after.tx is not before.tx or jax.tree.structure(after.opt_state) != held
+    switched = after.tx is not before.tx
     record = Record(
         surgery=json.dumps(describe(operation.edit.function)),
         paths=paths,
@@ -183,29 +182,32 @@ def _edited(operation: Operation, before: Optimizer, key: Any, step: Any, inputs
             found="other params" if isinstance(after, Optimizer) else type(after).__name__,
             write="return optimizer.replace(opt_state=...)",
         )
-    return after.replace(opt_state=_placed(before.opt_state, after.opt_state, may_reshape=after.tx is not before.tx))
+    return after.replace(opt_state=_placed(before.opt_state, after.opt_state)) if after.tx is before.tx else after
 
 
-def _placed(before: Any, after: Any, *, may_reshape: bool) -> Any:
-    """New leaves like those they replace, where the structure is the same.
+def _placed(before: Any, after: Any) -> Any:
+    """New leaves like those they replace.
 
     Raises:
-      StructureError: a leaf of another shape, though the optimizer is the same.
+      StructureError: another structure, or a leaf of another shape, though the optimizer is the same.
     """
     items, treedef = jax.tree_util.tree_flatten_with_path(before)
     structure: Any = jax.tree.structure(after)
+    write = "optimizer.replace(opt_state=..., tx=...), a `tx` that makes such a state"
     if structure != treedef:
-        return after
+        raise StructureError(
+            "The surgery gives the optimizer state another structure, and the optimizer is the same.",
+            found=shorten(structure, 150),
+            write=write,
+        )
     new = jax.tree.leaves(after)
     for (keys, old), leaf in zip(items, new, strict=True):
         if jnp.shape(old) != jnp.shape(leaf):
-            if may_reshape:
-                return after
             raise StructureError(
                 "The surgery gives a leaf of the optimizer state another shape, and the optimizer is the same.",
                 path=join(keys),
                 found=f"{list(jnp.shape(old))} -> {list(jnp.shape(leaf))}",
-                write="optimizer.replace(opt_state=..., tx=...), a `tx` that makes such a state",
+                write=write,
             )
     return jax.tree.unflatten(treedef, [like_held(old, leaf) for (_, old), leaf in zip(items, new, strict=True)])
 

@@ -72,5 +72,6 @@ def register_slot(
         for one in () if callable(kind) else (kind,) if isinstance(kind, str) else kind:
             check_choice(one, KINDS, "kind of slot")
     REGISTRY[state] = REGISTRY.get(state, {}) | fields
-    TRAITS[state] = Traits(layout, restarts or {}, counted)
+    before = TRAITS.get(state, Traits())
+    TRAITS[state] = Traits(layout or before.layout, {**before.restarts, **(restarts or {})}, counted or before.counted)
     _changes.append(state)

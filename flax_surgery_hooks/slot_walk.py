@@ -13,7 +13,6 @@ import optax
 from flax_surgery_hooks.errors import SlotError
 from flax_surgery_hooks.layouts import Layout
 from flax_surgery_hooks.paths import KeyPath
-from flax_surgery_hooks.rules import KINDS
 from flax_surgery_hooks.slot_probe import MEASUREMENTS
 from flax_surgery_hooks.slot_registry import REGISTRY, TRAITS, Preceding
 
@@ -33,6 +32,11 @@ class Field:
     def name(self) -> str:
         """Class and field."""
         return f"{self.state.__name__}.{self.field}"
+
+    @property
+    def known(self) -> bool:
+        """Whether it is registered what it holds."""
+        return self.field in REGISTRY.get(self.state, {})
 
 
 def by_keys(param_keys: tuple[KeyPath, ...]) -> dict[KeyPath, int]:
@@ -84,8 +88,7 @@ def walk(node: Any, at: Context, mirrored: Mirrored) -> Iterator[Field]:
         return
     flat = _is_flat(node, at, mirrored)
     if at.state is not None and (flat or mirrors(node, at.state, at.field, mirrored)):
-        _check_known(at.state, at.field)
-        if REGISTRY[at.state][at.field] != "none":
+        if REGISTRY.get(at.state, {}).get(at.field) != "none":
             yield Field(at.keys, at.state, at.field, at.preceding, at.layout, flat)
         return
     if isinstance(node, jax.ShapeDtypeStruct):
@@ -171,18 +174,6 @@ def mirrors(node: Any, state: type, field: str, mirrored: Mirrored) -> bool:
 
 def _is_state(node: Any) -> bool:
     return isinstance(node, tuple) and hasattr(node, "_fields") and not isinstance(node, optax.MaskedNode)
-
-
-def _check_known(state: type, field: str) -> None:
-    if field in REGISTRY.get(state, {}):
-        return
-    raise SlotError(
-        f"The field {field!r} of the optimizer state {state.__name__} mirrors the parameters, and what it holds "
-        "is unknown.",
-        found=f"class {state.__module__}.{state.__qualname__}",
-        write=f'fsh.register_slot({state.__name__}, {field}="grad") (or another of {", ".join(KINDS)}), '
-        'or opt_state="keep"',
-    )
 
 
 def _check_follows_nothing(leaf: Any, state: type | None, field: str) -> None:

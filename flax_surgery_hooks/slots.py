@@ -17,7 +17,8 @@ import numpy as np
 from flax_surgery_hooks import slot_probe
 from flax_surgery_hooks.errors import SlotError
 from flax_surgery_hooks.layouts import Laid, Made
-from flax_surgery_hooks.paths import KeyPath, Leaves
+from flax_surgery_hooks.paths import KeyPath, Leaves, flatten
+from flax_surgery_hooks.rules import KINDS
 from flax_surgery_hooks.slot_checks import check_made, initial
 from flax_surgery_hooks.slot_registry import REGISTRY, TRAITS
 from flax_surgery_hooks.slot_registry import version as registry_version
@@ -97,12 +98,39 @@ def slots_of(tx: Any, opt_state: Any, params: Leaves) -> dict[int, tuple[Slot, .
       SlotError: a state or field of unknown meaning, or one whose registered kind the probe contradicts.
       StateError: `opt_state` is not what `tx.init` makes for these parameters.
     """
-    return _found(tx, opt_state, params).slots
+    inner, fields = getattr(tx.init, "inner", tx), getattr(tx.init, "fields", ())
+    if not fields:
+        return _found(inner, opt_state, params).slots
+    # Fields of the train state that stand beside the parameters have no slots.
+    places = [place for place, keys in enumerate(params.keys) if getattr(keys[0], "key", None) not in fields]
+    bare = flatten(_without(params, fields))
+    found = _found(inner, opt_state, bare).slots
+    return {
+        places[owner]: tuple(dataclasses.replace(slot, owner=places[owner]) for slot in slots)
+        for owner, slots in found.items()
+    }
+
+
+def _without(params: Leaves, fields: tuple[str, ...]) -> Any:
+    tree = jax.tree.unflatten(params.treedef, params.values)
+    return type(tree)({name: value for name, value in tree.items() if name not in fields})
 
 
 def restarts_of(tx: Any, opt_state: Any, params: Leaves) -> tuple[Restart, ...]:
     """The leaves of an optimizer state that have to be made anew after edits; arguments as for `slots_of`."""
-    return _found(tx, opt_state, params).restarts
+    if not _may_restart(jax.tree.structure(opt_state), registry_version()):
+        return ()  # every fire asks; most optimizers have none
+    inner, fields = getattr(tx.init, "inner", tx), getattr(tx.init, "fields", ())
+    return _found(inner, opt_state, flatten(_without(params, fields)) if fields else params).restarts
+
+
+@functools.lru_cache(maxsize=32)
+def _may_restart(treedef: Any, version: int) -> bool:
+    """Whether a state class with such leaves is in a structure; `version` is that of the registry."""
+    node = treedef.node_data()
+    if node is not None and node[0] in TRAITS and TRAITS[node[0]].restarts:
+        return True
+    return any(_may_restart(child, version) for child in treedef.children())
 
 
 def _found(tx: Any, opt_state: Any, params: Leaves) -> Found:
@@ -180,6 +208,7 @@ def find_slots(
     stands_for = _representatives(places, param_shapes)
     chosen = set(stands_for.values()) or {0}
     probed = slot_probe.probe(tx, params_treedef, param_shapes, tuple(sorted(chosen)))
+    _check_known(places, probed, stands_for, param_keys)
     laid = _lying(places, slot_shapes, param_shapes, Made(tx, params_treedef, param_shapes, 0, 0))
     found: dict[int, list[Slot]] = {}
     for place in places:
@@ -291,6 +320,29 @@ def _representatives(places: list[_Place], shapes: slot_probe.Shapes) -> dict[in
             alike.append(owner)
         stands_for[owner] = alike[-1]
     return stands_for
+
+
+def _check_known(
+    places: list[_Place], probed: slot_probe.Probed, stands_for: dict[int, int], param_keys: tuple[KeyPath, ...]
+) -> None:
+    """Raises unless it is registered what every field holds; the error drafts the registration by what was measured."""
+    unknown = [place for place in places if not place.field.known]
+    if not unknown:
+        return
+    state, seen = unknown[0].field.state, {}
+    for place in unknown:
+        verdict = probed.verdicts[place.keys(param_keys[stands_for[place.owner]])]
+        if place.field.state is state and (place.field.field not in seen or verdict.kind is not None):
+            seen[place.field.field] = verdict
+    first = next(iter(seen))
+    draft = ", ".join(f'{field}="{verdict.kind or "grad"}"' for field, verdict in seen.items())
+    raise SlotError(
+        f"The field {first!r} of the optimizer state {state.__name__} mirrors the parameters, and what it holds "
+        "is unknown.",
+        found=f"class {state.__module__}.{state.__qualname__}; "
+        + ", ".join(f"{field}: {verdict.seen}" for field, verdict in seen.items()),
+        write=f'fsh.register_slot({state.__name__}, {draft}) (or another of {", ".join(KINDS)}), or opt_state="keep"',
+    )
 
 
 def _kind(field: Field, verdict: slot_probe.Verdict) -> str:

@@ -25,11 +25,12 @@ from tiny import MOMENTUM, halve, make_hooks, make_state
 import flax_surgery_hooks as fsh
 from flax_surgery_hooks import errors as e
 from flax_surgery_hooks import slot_registry, slots
-from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, Scale
+from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, ResetMoments, Scale
 
 ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "config", "config_export", "config_fields",
              "config_hook", "config_reading", "config_registry", "config_writing", "derived_schedules", "errors",
-             "paths", "rewarm", "schedules", "selection", "writers")  # fmt: skip
+             "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "rewarm", "schedules", "selection",
+             "slot_edits", "slot_gain", "switching", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))
@@ -50,6 +51,24 @@ def on_plain(surgery, **kwargs):
 def by_hook(surgery=halve, state=PLAIN, step=1, inputs=None, **options):
     """A first call of hooks."""
     return lambda: make_hooks(surgery, options=options)(step, state, **(inputs or {}))
+
+
+class SlotsOfAll:
+    def __call__(self, leaves):
+        return leaves
+
+    def edit_slots(self, slots, /):
+        return slots
+
+
+class OptimizerPath:
+    def edit_optimizer(self, optimizer, /, path):
+        return optimizer
+
+
+class LeavesToo(OptimizerPath):
+    def __call__(self, leaf):
+        return leaf
 
 
 def started(**kwargs):
@@ -188,15 +207,14 @@ CASES = {
     "slot_function": Case(on_slots(halve, opt_state=fail), e.UserCodeError,
                           ("fail raised ValueError on TraceState.trace: no luck", "def fn(slot, *,"), W),
     "slot_shape": Case(on_slots(halve, opt_state=lambda slot, **_: slot[1:]), RULE,
-                       ("like the new leaf for TraceState.trace", "Found: [3]", "an array of shape [4]"), W),
+                       ("of the slot's new shape for TraceState.trace", "Found: [3]", "an array of shape [4]"), W),
     "unknown_slot": Case(on_odd(odd_optimizer(jnp.zeros_like)), SLOT,
                          ("'mine' of the optimizer state Odd mirrors", 'fsh.register_slot(Odd, mine="grad")')),
     "wrong_kind": Case(on_odd(odd_optimizer(jnp.zeros_like, lambda old, g: old + g), "grad_sq"), SLOT,
                        ("Odd.mine is registered as grad_sq", "order 1.00 in the gradient, signed", "mine='grad'")),
     "field": Case(lambda: fsh.register_slot(Odd, yours="grad"), SLOT, ("Odd has no field 'yours'", "fields mine")),
-    "flattened": Case(lambda: fsh.operate(make_state(0, optax.flatten(MOMENTUM), w=jnp.ones(2), v=jnp.ones(3)), halve),
-                      SLOT,
-                      ("'trace' of TraceState holds an array that does not mirror", "float32[5]", 'trace="none"')),
+    "no_mirror": Case(on_odd(optax.GradientTransformation(lambda _: Odd(jnp.ones(7)), lambda u, s, _: (u, s))), SLOT,
+                      ("'mine' of Odd holds an array that does not mirror", "float32[7]", 'mine="none"')),
     "other_optimizer": Case(lambda: fsh.operate(PLAIN.replace(opt_state=SLOTS.opt_state), halve), STATE,
                             ("not what `tx.init` makes for these parameters", "tx.init(params)")),
     "other_params": Case(lambda: fsh.operate(SLOTS.replace(params={"w": jnp.ones(4), "v": jnp.ones(5)}), halve), STATE,
@@ -224,6 +242,12 @@ CASES = {
                      ("cannot be differentiated", "opt_state='keep'"), W),
     "custom_vjp": Case(on_slots(lambda w: no_forward_rule(w)), e.DifferentiationError, ("custom_vjp",), W),
     "while_loop": Case(on_slots(until_large, opt_state="transport"), e.DifferentiationError, ("while_loop",), W),
+    # Surgeries on the optimizer; tests/test_reset_moments.py and tests/test_optimizer_surgeries.py have more.
+    "slot_rule_given": Case(on_slots(ResetMoments(), opt_state="reset"), RULE, ("says itself", "no opt_state=")),
+    "no_slots": Case(on_plain(ResetMoments()), SLOT, ("edits optimizer slots", "leaves have none", "Found: w")),
+    "slots_of_all": Case(on_plain(SlotsOfAll()), FUNCTION, ("the slots of one leaf", "def __call__(self, leaf)")),
+    "optimizer_and_leaves": Case(on_plain(LeavesToo()), FUNCTION, ("edit_optimizer and __call__", "two surgeries")),
+    "optimizer_path": Case(on_plain(OptimizerPath()), FUNCTION, ("asks for path", "are the selected leaves")),
     # Where a fire ends.
     "reshaping_hook": Case(by_hook(cut), e.StructureError,
                            ("the hook brings nothing for that", "[2] -> [1]", "apply_fn=", "on_reshape="), A | W),

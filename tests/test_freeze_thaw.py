@@ -108,6 +108,14 @@ def test_slots_of_order_zero_are_first_moments_too():
     assert rms.nu["w"] is state.opt_state.inner_state[0].nu["w"]
 
 
+def test_in_a_vector_of_all_slots_only_those_of_the_leaf_are_reset():
+    state = make_state(0, fsh.optax.freezable(optax.flatten(MOMENTUM)), w=jnp.ones(3), v=jnp.ones(2))
+    state = state.apply_gradients(grads={"w": jnp.full(3, 2.0), "v": jnp.ones(2)})
+    assert state.opt_state.inner_state[0].trace.tolist() == [1, 1, 2, 2, 2]
+    new, _ = fsh.operate(state, Thaw("reset"), params="v")
+    assert new.opt_state.inner_state[0].trace.tolist() == [0, 0, 2, 2, 2]
+
+
 def test_all_leaves_of_one_fire_and_a_second_freeze_adds_to_the_first():
     state, _ = fsh.operate(make(), Freeze(), params="in/kernel")
     state, _ = fsh.operate(state, Freeze(), params="out/**")

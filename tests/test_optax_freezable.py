@@ -482,3 +482,17 @@ def test_owners_are_those_of_the_slots_that_surgeries_move(name):
     moved = slots.slots_of(tx, state, flatten(params))
     owned = slots.owners_of(state, params)
     assert {slot.index: owner for owner, mine in moved.items() for slot in mine} == owned
+
+
+def test_slots_in_one_vector_for_all_are_kept_too():
+    params = {"a": jnp.ones(2), "b": jnp.ones((2, 2)), "c": jnp.ones(3)}
+    tx = fsh.optax.freezable(optax.flatten(optax.adam(0.1)))
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = tx.update(grads, tx.init(params), params)
+    state = state._replace(frozen={**state.frozen, "b": jnp.array(True)})
+    updates, after = tx.update(grads, state, params)
+    before_mu, mu = state.inner_state[0].mu, after.inner_state[0].mu
+    assert jnp.array_equal(mu[2:6], before_mu[2:6])
+    assert (mu[:2] != before_mu[:2]).all()
+    assert (mu[6:] != before_mu[6:]).all()
+    assert not updates["b"].any()

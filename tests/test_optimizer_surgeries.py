@@ -150,7 +150,7 @@ def test_one_bare_array_and_leaves_that_a_partition_leaves_out():
 
 def test_a_preview_leaves_the_state_and_configs_name_them():
     config = {
-        "a": fsh.config.hook("set_hyperparams", params="**", at=(1,), values={"learning_rate": 0.01}),
+        "a": fsh.config.hook("set_hyperparams", params="**", at=(1,), hyperparams={"learning_rate": 0.01}),
         "b": fsh.config.hook("rewarm", params="w", every=2),
     }
     hooks = fsh.SurgeryHooks.from_config(config)
@@ -257,6 +257,8 @@ CASES = {
     "returns": Case(own(lambda optimizer, **_: None), FUNCTION, ("must return the optimizer", "Found: NoneType")),
     "other_params": Case(own(lambda optimizer, **_: optimizer.replace(params={})), FUNCTION, ("Found: other params",)),
     "longer": Case(own(longer), e.StructureError, ("of the optimizer state another shape", "[3] -> [3, 2]")),
+    "other_structure": Case(own(lambda optimizer, **_: optimizer.replace(opt_state=())), e.StructureError,
+                            ("another structure, and the optimizer is the same", "opt_state=..., tx=...")),
     "both": Case(lambda: fsh.operate(SCHEDULED, Both()), FUNCTION,
                  ("no leaves beside it", "edit_optimizer and __call__", "two surgeries")),
     "path": Case(lambda: fsh.operate(SCHEDULED, Paths()), FUNCTION,

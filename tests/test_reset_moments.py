@@ -102,6 +102,26 @@ def test_random_masks_differ_by_leaf_and_key_and_come_again():
     assert masks["w"] != zeros(jax.random.key(8))["w"]
 
 
+def test_slots_of_other_layouts():
+    flat = trained(optax.flatten(optax.adam(0.1)))
+    new, _ = fsh.operate(flat, ResetMoments(), params="w")
+    assert (np.asarray(new.opt_state[0].nu) == 0).tolist() == [False] * 7 + [True] * 40
+    factored = trained(optax.adafactor(0.1, min_dim_size_to_factor=4))
+    new, _ = fsh.operate(factored, ResetMoments(), params="w")
+    start = factored.tx.init(factored.params)
+    rows = [state[0].v_row["w"] for state in (new.opt_state, start)]
+    assert_bitwise_equal(*rows)
+    assert new.opt_state[0].v["v"] is factored.opt_state[0].v["v"]
+
+
+def test_elements_of_adam_per_element_start_their_count_anew():
+    state = trained(fsh.optax.adam_per_element(0.1))
+    new, _ = fsh.operate(state, ResetMoments(fraction=0.5, by="random"), params="w", key=KEY)
+    old, now = state.opt_state[0], new.opt_state[0]
+    gone = np.asarray(now.mu["w"]) == 0
+    np.testing.assert_array_equal(now.age["w"], np.where(gone, 0, old.age["w"]))
+
+
 def test_kinds_choose_the_slots():
     new, _ = fsh.operate(ADAM, ResetMoments(("grad",)))
     assert not any(np.asarray(mu).any() for mu in new.opt_state[0].mu.values())
@@ -274,6 +294,11 @@ def test_the_parameters_that_it_may_ask_for():
     np.testing.assert_allclose(new.params["w"], 2 * state.params["w"])
     expected = 3 * state.opt_state[0][0].trace["w"] + 2 * state.params["w"]
     np.testing.assert_allclose(new.opt_state[0][0].trace["w"], expected)
+
+
+def test_slots_that_are_not_finite_are_refused():
+    with pytest.raises(e.RefusedError, match="40 non-finite values"):
+        own(lambda slots, **_: {name: slot.value / (0 if "mu" in name else 1) for name, slot in slots.items()})()
 
 
 def own(function):

@@ -1,6 +1,7 @@
 """Which optimizer leaf belongs to which parameter, and what it holds, read in the context of its chain."""
 
 import typing
+from unittest import mock
 
 import flax.core
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 from optax import contrib
 from tiny import make_state
 
@@ -61,6 +63,7 @@ TREES = {
     "boxed": {"mu": partitioned(jnp.ones((2, 3))), "value": {"value": partitioned(jnp.ones(3)), "w": jnp.ones(3)}},
     "frozen": flax.core.freeze(ADVERSARIAL),
     "scalars": {"count": jnp.ones(()), "mu": jnp.ones(())},
+    "nnx": nnx.State({"mu": {"kernel": nnx.Param(jnp.ones(3))}, "kernel": nnx.Param(jnp.ones(3))}),
 }
 WRAPPERS = {
     "adam": lambda: optax.adam(0.1),
@@ -162,6 +165,9 @@ KINDS = {
     "rmsprop_momentum": (lambda: optax.rmsprop(0.1, momentum=0.9),
                          {"ScaleByRmsState.nu": "grad_sq", "TraceState.trace": "update"}),
     "lars": (lambda: optax.lars(0.1), {"TraceState.trace": "update"}),
+    "adafactor_momentum": (lambda: optax.adafactor(0.1, momentum=0.9),
+                           {f"FactoredState.{part}": "grad_sq" for part in ("v_row", "v_col", "v")}
+                           | {"EmaState.ema": "update"}),
     "clip_trace": (lambda: optax.chain(optax.clip(1.0), optax.trace(0.9)), {"TraceState.trace": "update"}),
     "sign_trace": (lambda: optax.chain(optax.scale_by_sign(), optax.trace(0.9)), {"TraceState.trace": "update"}),
     "global_clip_trace": (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9)),
@@ -250,18 +256,21 @@ def momentum(linear=True):
 
 
 @pytest.fixture
-def registry(monkeypatch):
+def registry():
     """What a test registers is forgotten after it."""
-    slots.find_slots.cache_clear()
-    yield
+    with mock.patch.dict(slot_registry.REGISTRY), mock.patch.dict(slot_registry.TRAITS):
+        yield
     slots.find_slots.cache_clear()
 
 
 def test_an_unknown_state_is_an_error_with_advice_that_works(registry):
     with pytest.raises(SlotError, match="'mine' of the optimizer state Momentum mirrors the parameters") as caught:
         find(momentum())
-    assert caught.value.found == f"class {__name__}.Momentum"
+    assert caught.value.found == f"class {__name__}.Momentum; mine: order 1.00 in the gradient, signed"
     assert 'fsh.register_slot(Momentum, mine="grad")' in caught.value.write
+    with pytest.raises(SlotError) as other:
+        find(momentum(linear=False))
+    assert 'fsh.register_slot(Momentum, mine="update")' in other.value.write, "the draft is what was measured"
     assert 'opt_state="keep"' in caught.value.write
     state = make_state(0, momentum(), w=jnp.ones(2))
     assert fsh.operate(state, lambda w: w * 2, opt_state="keep")[0].params["w"].tolist() == [2, 2]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
 from flax.core.meta import Partitioned
 
 
@@ -20,17 +20,24 @@ def beside(params: Any, make: Callable[[Any], jax.Array]) -> Any:
     >>> beside({"w": box}, lambda leaf: jax.numpy.zeros(()))["w"].names
     ()
     """
+    variable = _variable_class()
 
     def one(node: Any) -> Any:
         if not jax.tree.leaves(node):
             return node
         if isinstance(node, Partitioned):
             return node.replace(value=beside(node.value, make), names=())
-        if isinstance(node, nnx.Variable):
+        if isinstance(node, variable):
             return type(node)(make(*jax.tree.leaves(node)))
         return make(node)
 
-    return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, Partitioned | nnx.Variable))
+    return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, (Partitioned, *variable)))
+
+
+def _variable_class() -> tuple[Any, ...]:
+    """`nnx.Variable` where it is in use: nnx is slow to import, and without it nothing is one."""
+    nnx = sys.modules.get("flax.nnx")
+    return () if nnx is None else (nnx.Variable,)
 
 
 def map_beside(function: Callable[..., Any], tree: Any, *others: Any) -> Any:

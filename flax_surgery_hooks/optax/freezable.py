@@ -66,7 +66,8 @@ def freezable(tx: optax.GradientTransformation) -> optax.GradientTransformationE
         # p + -0.0 is bitwise p for every p; p + 0.0 is not: it makes 0.0 of -0.0.
         moved = map_beside(lambda u, frozen: _filled(u, frozen, -0.0), moved, state.frozen)
         owners = _owners(inner, state.inner_state, state.frozen, updates)
-        return moved, state._replace(inner_state=_kept(state.inner_state, inner_state, owners, state.frozen))
+        sizes = [leaf.size for leaf in jax.tree.leaves(updates)]
+        return moved, state._replace(inner_state=_kept(state.inner_state, inner_state, owners, state.frozen, sizes))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -89,12 +90,21 @@ def _owners(inner: optax.GradientTransformation, inner_state: Any, frozen: Any, 
     return owners_of(jax.eval_shape(inner.init, wrapped), wrapped)
 
 
-def _kept(old: Any, new: Any, owners: dict[int, int], frozen: Any) -> Any:
-    """The new state, with the old slots of what is frozen."""
+def _kept(old: Any, new: Any, owners: dict[int, int], frozen: Any, sizes: list[int]) -> Any:
+    """The new state, with the old slots of what is frozen.
+
+    What belongs to no single parameter and has as many elements as all of them is the vector of `optax.flatten`.
+    """
     flags = jax.tree.leaves(frozen)
-    before, after = jax.tree.leaves(old), jax.tree.leaves(new)
-    leaves = [
-        jax.lax.select_n(flags[owners[i]], b, a.astype(b.dtype)) if i in owners else b
-        for i, (a, b) in enumerate(zip(before, after, strict=True))
-    ]
+
+    def kept(place: int, before: Any, after: Any) -> Any:
+        if place in owners:
+            return jax.lax.select_n(flags[owners[place]], after, before.astype(after.dtype))
+        if len(sizes) > 1 and before.shape == (sum(sizes),):
+            each = [jnp.broadcast_to(flag, (size,)) for flag, size in zip(flags, sizes, strict=True)]
+            return jnp.where(jnp.concatenate(each), before, after)
+        return after
+
+    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    leaves = [kept(place, before, after) for place, (before, after) in enumerate(pairs)]
     return jax.tree.unflatten(jax.tree.structure(new), leaves)

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_surgery_hooks.layouts import PER_UNIT
 from flax_surgery_hooks.optax.beside import beside, map_beside
+from flax_surgery_hooks.optax_slots import FIRST, SECOND
 from flax_surgery_hooks.rules import check_choice
+from flax_surgery_hooks.slot_registry import register_slot
 
 PER = ("element", "unit")
 
@@ -27,6 +30,10 @@ class ScaleByAdamPerElementState(NamedTuple):
     age: Any
     mu: Any
     nu: Any
+
+
+# An element without history starts as in its own first step: its count says so, and no other value has to stand in.
+register_slot(ScaleByAdamPerElementState, layout=PER_UNIT, counted=True, age="invariant", mu=FIRST, nu=SECOND)
 
 
 def scale_by_adam_per_element(

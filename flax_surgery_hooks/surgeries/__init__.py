@@ -7,6 +7,7 @@ from flax_surgery_hooks.surgeries.optimizer import ResetMoments as ResetMoments
 from flax_surgery_hooks.surgeries.optimizer_state import Freeze as Freeze
 from flax_surgery_hooks.surgeries.optimizer_state import Rewarm as Rewarm
 from flax_surgery_hooks.surgeries.optimizer_state import SetHyperparams as SetHyperparams
+from flax_surgery_hooks.surgeries.optimizer_state import SwitchOptimizer as SwitchOptimizer
 from flax_surgery_hooks.surgeries.optimizer_state import Thaw as Thaw
 from flax_surgery_hooks.surgeries.values import Assign as Assign
 from flax_surgery_hooks.surgeries.values import Noise as Noise
@@ -23,5 +24,6 @@ __all__ = [
     "Rewarm",
     "Scale",
     "SetHyperparams",
+    "SwitchOptimizer",
     "Thaw",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -143,8 +144,8 @@ def _bits(sizes: jax.Array) -> jax.Array:
 def smallest(values: jax.Array, count: int) -> jax.Array:
     """Which are the `count` smallest of some unsigned integers; of equal ones those that come first.
 
-    Found by counting, bit for bit, over the values and then over the places of the equal ones: a sort of a large leaf
-    takes many times as long, and would gather a sharded one.
+    Found by counting, bit for bit, over the values and then over the places of the equal ones: to sort the places of a
+    large leaf takes several times as long, and would gather a sharded one.
 
     Args:
       values: unsigned integers, fewer than 2**32.
@@ -160,10 +161,17 @@ def smallest(values: jax.Array, count: int) -> jax.Array:
         return jnp.full(values.shape, count > 0)
     last = _rank(values, jnp.ones(values.shape, bool), count)
     less, equal = values < last, values == last
-    place = jnp.zeros(values.shape, jnp.uint32)
-    for axis, size in enumerate(values.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, values.shape, axis)
-    return less | (equal & (place <= _rank(place, equal, count - _count(less))))
+    rest = count - _count(less)
+    among_equal = functools.partial(_first, equal, rest)
+    return less | jax.lax.cond(rest == _count(equal), lambda: equal, among_equal)
+
+
+def _first(flags: jax.Array, count: jax.Array) -> jax.Array:
+    """The first `count` of some elements."""
+    place = jnp.zeros(flags.shape, jnp.uint32)
+    for axis, size in enumerate(flags.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, flags.shape, axis)
+    return flags & (place <= _rank(place, flags, count))
 
 
 def _rank(values: jax.Array, among: jax.Array, count: jax.Array | int) -> jax.Array:

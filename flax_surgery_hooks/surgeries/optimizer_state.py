@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_surgery_hooks.errors import SlotError, StateError, SurgeryFunctionError
+from flax_surgery_hooks.errors import SlotError, StateError, SurgeryFunctionError, typed
 from flax_surgery_hooks.optax.freezable import FreezableState
 from flax_surgery_hooks.optax.rewarm import RewarmState
 from flax_surgery_hooks.optimizer_edits import Optimizer
 from flax_surgery_hooks.paths import close_matches, listed
 from flax_surgery_hooks.slots import Slot, owners_of
+from flax_surgery_hooks.switching import switch
 
 _INJECTED: tuple[Any, ...] = tuple(
     getattr(optax, name)
@@ -30,7 +31,7 @@ class SetHyperparams:
     are written again. The compiled train step goes on.
 
     Args:
-      values: hyperparameter -> number. Each is written wherever the optimizer has one of this name. One that a schedule
+      hyperparams: name -> number. Each is written wherever the optimizer has one of this name. One that a schedule
         drives is refused: the next update would overwrite it.
 
     >>> import optax, flax_surgery_hooks as fsh
@@ -41,16 +42,16 @@ class SetHyperparams:
     0.01
     """
 
-    values: dict[str, float]
+    hyperparams: dict[str, float]
 
     def __post_init__(self):
-        if not isinstance(self.values, dict) or not self.values:
+        if not isinstance(self.hyperparams, dict) or not self.hyperparams:
             raise SurgeryFunctionError(
                 "SetHyperparams takes hyperparameters by name.",
-                found=repr(self.values),
+                found=repr(self.hyperparams),
                 write='SetHyperparams({"learning_rate": 0.01})',
             )
-        for name, value in self.values.items():
+        for name, value in self.hyperparams.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise SurgeryFunctionError(
                     f"SetHyperparams needs a finite number for {name!r}.",
@@ -71,7 +72,7 @@ class SetHyperparams:
                 found=type(optimizer.opt_state).__name__,
                 write="tx=optax.inject_hyperparams(optax.adam)(learning_rate=0.1)",
             )
-        unknown = [name for name in self.values if name not in there]
+        unknown = [name for name in self.hyperparams if name not in there]
         if unknown:
             raise StateError(
                 f"The optimizer has no hyperparameter {unknown[0]!r}.",
@@ -82,7 +83,7 @@ class SetHyperparams:
 
     def _written(self, state: Any, there: set[str]) -> Any:
         there.update(state.hyperparams)
-        mine = {name: value for name, value in self.values.items() if name in state.hyperparams}
+        mine = {name: value for name, value in self.hyperparams.items() if name in state.hyperparams}
         driven = [name for name in mine if name in getattr(state, "hyperparams_states", ())]
         if driven:
             raise StateError(
@@ -208,22 +209,79 @@ def _marked(optimizer: Optimizer, surgery: str, kind: Any, field: str, value: An
 
 def _without_first_moments(optimizer: Optimizer) -> Optimizer:
     leaves, treedef = jax.tree.flatten(optimizer.opt_state)
-    slots = optimizer.slots
+    slots, params = optimizer.slots, optimizer.leaves
     for place in optimizer.selected:
         for slot in slots.get(place, ()):
             if slot.kind in ("grad", "update"):
-                leaves[slot.index] = _initial(
-                    slot, leaves[slot.index], optimizer.paths[optimizer.selected.index(place)]
-                )
+                size = math.prod(jnp.shape(params.values[place]))
+                leaves[slot.index] = _initial(slot, leaves[slot.index], size, params.paths[place])
     return optimizer.replace(opt_state=jax.tree.unflatten(treedef, leaves))
 
 
-def _initial(slot: Slot, old: Any, path: str) -> Any:
+def _initial(slot: Slot, old: Any, size: int, path: str) -> Any:
     if slot.init is None:
         raise SlotError(
             f"`tx.init` fills {slot.name} with no constant, so that it cannot be reset.",
             path=path,
             write='Thaw(first_moments="keep")',
         )
+    if slot.offset is not None:  # a vector that holds the slots of all parameters
+        return jnp.asarray(old).at[slot.offset : slot.offset + size].set(slot.init)
     # Of the old leaf, so that a sharded one is made where it lies.
     return jnp.full_like(old, slot.init)
+
+
+@dataclass(frozen=True)
+class SwitchOptimizer:
+    """Puts another optimizer in the place of the state's. Parameters stay; a compiled train step is traced anew.
+
+    A slot of the new optimizer is taken from the old one's slot of the same parameter and kind (first moments, squares
+    and so on, see `rules.KINDS`; of several the one of the same name), times the ratio of their sizes under a constant
+    gradient, which is measured on a tiny copy of both: from Adam to SGD, trace = mu / (1 - b1); from Adam to Lion, or
+    to Muon, mu stays as it is. What has no such source, or no known size, starts as `tx.init` makes it, copies of the
+    parameters from the parameters as they are now. The record's `detail` says which is which.
+
+    Where Adam's second moments start at zero beside first moments or counts that are carried (from SGD or Lion), its
+    next updates are many times the learning rate: then `carry=False, count="restart"`, or a `fsh.optax.rewarm`.
+
+    The new optimizer is in `state.tx`: a trainer that uses another reference to it has to take it from there, for
+    example in `on_reshape` of the hook. To the optimizer that the state has already, it does nothing.
+
+    Args:
+      tx: the new optimizer.
+      carry: whether slots are carried.
+      count: "carry": counts of updates, and so schedules, go on: each from the old state of the same class, if there is
+        one, else from the largest. "restart": they start at 0.
+
+    >>> import optax, flax_surgery_hooks as fsh
+    >>> state = fsh.TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.adam(0.1, b1=0.5))
+    >>> state = state.apply_gradients(grads={"w": jnp.ones(1)})
+    >>> state, record = fsh.operate(state, SwitchOptimizer(optax.sgd(0.1, momentum=0.5)))
+    >>> state.opt_state[0].trace["w"].tolist()  # mu is 0.5
+    [1.0]
+    """
+
+    tx: Any
+    carry: bool = True
+    count: Literal["carry", "restart"] = "carry"
+
+    def __post_init__(self):
+        if not callable(getattr(self.tx, "init", None)) or not callable(getattr(self.tx, "update", None)):
+            raise SurgeryFunctionError(
+                "SwitchOptimizer takes an optax transformation.",
+                found=typed(self.tx),
+                write="SwitchOptimizer(optax.sgd(0.1, momentum=0.9))",
+            )
+        if not isinstance(self.carry, bool):
+            raise SurgeryFunctionError("SwitchOptimizer(carry=...) is True or False.", found=typed(self.carry))
+        if self.count not in ("carry", "restart"):
+            raise SurgeryFunctionError(
+                "SwitchOptimizer(count=...) is unknown.", found=repr(self.count), write='"carry" or "restart"'
+            )
+
+    def edit_optimizer(self, optimizer: Optimizer, /) -> Optimizer:
+        """The optimizer after it."""
+        optimizer.check_whole("SwitchOptimizer")
+        if self.tx == optimizer.tx:
+            return optimizer
+        return switch(optimizer, self.tx, carry=self.carry, count=self.count)
