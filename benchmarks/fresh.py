@@ -28,7 +28,6 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 import flax_surgery_hooks as fsh
-from flax_surgery_hooks import slots
 from flax_surgery_hooks.optax import ScaleByAdamPerElementState, adam_per_element
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -39,9 +38,6 @@ report: Any = importlib.import_module("fresh_report")
 NO_EDIT, MEAN, INIT, PER_ELEMENT = report.VARIANTS
 B2S = (0.999, 0.95)
 FRACTION = 4  # one unit in so many starts anew
-
-if ScaleByAdamPerElementState not in slots._REGISTRY:
-    fsh.register_slot(ScaleByAdamPerElementState, age="invariant", mu="grad", nu="grad_sq")
 
 
 @dataclass(frozen=True)
