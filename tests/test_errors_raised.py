@@ -336,7 +336,7 @@ def test_error(name):
 
 def raise_sites():
     for file in pathlib.Path(fsh.__file__).parent.rglob("*.py"):
-        if file.stem not in ELSEWHERE:
+        if file.stem not in ELSEWHERE and file.parent.name != "testing":  # laws raise AssertionError
             nodes = ast.walk(ast.parse(file.read_text()))
             yield from ((file, node.lineno) for node in nodes if isinstance(node, ast.Raise) and node.exc is not None)
 

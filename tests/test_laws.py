@@ -47,8 +47,8 @@ LAID = (
     {"adafactor_plain"},
     {"adafactor_unfactored"},
 )  # fmt: skip
-"""Optimizers whose slots lie otherwise than their parameters, or that bring in new kinds: compiled apart from the rest,
-and no two with states of one class together.
+"""Optimizers whose slots lie otherwise than their parameters, or that bring in new kinds, compiled in groups apart from
+the rest. Behind `monitor`, whose state has more leaves once it has been updated, slots are not given their right shape.
 """
 READY = tuple(row for name, row in testing.OPTIMIZERS.items() if name not in PENDING)
 
