@@ -110,12 +110,17 @@ def _restarts(
     def due(one: Restart) -> bool:
         if one.when == "edit":
             return True
-        touching = [unit for unit in plan if any(slot.group.startswith(one.state) for slot in unit.slots)]
+        touching = [unit for unit in plan if any(_below(one.state, slot.group) for slot in unit.slots)]
         if one.when == "reshape":
             return any(map(reshapes, touching))
         return bool(touching) and operation.rules.rule("param_diff") not in ("transport", "keep")
 
     return tuple(filter(due, restarts_of(parts.tx, parts.opt_state, parts.params)))
+
+
+def _below(state: str, path: str) -> bool:
+    """Whether a key path leads through a state; the next key begins with a bracket or a dot."""
+    return path.startswith(state) and path[len(state) :][:1] in ("", "[", ".")
 
 
 def _anew(one: Restart, old: Any, ok: Any) -> Any:

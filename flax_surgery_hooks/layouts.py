@@ -233,7 +233,7 @@ class Made:
     treedef: Any
     shapes: tuple[tuple[Shape, Any], ...]
     owner: int = field(compare=False)
-    index: int = field(compare=False)
+    keys: tuple[Any, ...] = field(compare=False)
 
     def shape(self, leaf: Shape) -> Shape:
         """The slot's shape for a parameter of this shape."""
@@ -242,7 +242,8 @@ class Made:
             for place, (shape, dtype) in enumerate(self.shapes)
         ]
         state = jax.eval_shape(self.tx.init, jax.tree.unflatten(self.treedef, params))
-        return tuple(jax.tree.leaves(state)[self.index].shape)
+        items = jax.tree_util.tree_flatten_with_path(state)[0]  # places differ where users measure, paths do not
+        return next(tuple(slot.shape) for keys, slot in items if keys == self.keys)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ SMALL, LARGE = 1e3, 1e6
 """Sizes of the scaled gradients and of those that dominate a global norm. Both are far above weight decay and `eps`."""
 
 
+def is_pair(params_treedef: Any) -> bool:
+    """Whether parameters are `optax.LookaheadParams`: gradients and slots are of the fast half."""
+    node = params_treedef.node_data()
+    return node is not None and node[0] is optax.LookaheadParams
+
+
 class Verdict(NamedTuple):
     """What the probe says of one leaf: a kind, or None where it saw too little; and what it saw, in words."""
 
@@ -138,7 +144,8 @@ def _streams(tx: Any, params: Any, arguments: tuple[str, ...]) -> Callable[[Any]
             signs = np.random.default_rng(place).choice([-1.0, 1.0], leaf.shape)
             return (factors[place] * jnp.asarray(direction * signs, jnp.float32)).astype(leaf.dtype)
 
-        return jax.tree.unflatten(treedef, [one(place, leaf) for place, leaf in enumerate(leaves)])
+        tree = jax.tree.unflatten(treedef, [one(place, leaf) for place, leaf in enumerate(leaves)])
+        return tree.fast if is_pair(treedef) else tree
 
     def moved(step: int, factors: jax.Array) -> Any:
         """The parameters after so many steps: moved by the inverse of the gradient's factor, as if the model computed

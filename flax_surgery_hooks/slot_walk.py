@@ -16,6 +16,9 @@ from flax_surgery_hooks.paths import KeyPath
 from flax_surgery_hooks.slot_probe import MEASUREMENTS
 from flax_surgery_hooks.slot_registry import REGISTRY, TRAITS, Preceding
 
+UNMIRRORED: KeyPath = (jax.tree_util.GetAttrKey("slow"),)
+"""Stands for the path of a parameter that no slot mirrors."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -41,7 +44,7 @@ class Field:
 
 def by_keys(param_keys: tuple[KeyPath, ...]) -> dict[KeyPath, int]:
     """The places of parameters by their key path."""
-    return {keys: owner for owner, keys in enumerate(param_keys)}
+    return {keys: owner for owner, keys in enumerate(param_keys) if keys is not UNMIRRORED}
 
 
 def owner_of(rest: KeyPath, owners: dict[KeyPath, int]) -> int | None:

@@ -23,6 +23,7 @@ from flax_surgery_hooks.slot_checks import check_made, initial
 from flax_surgery_hooks.slot_registry import REGISTRY, TRAITS
 from flax_surgery_hooks.slot_registry import version as registry_version
 from flax_surgery_hooks.slot_walk import (
+    UNMIRRORED,
     Context,
     Field,
     Mirrored,
@@ -198,6 +199,7 @@ def find_slots(
     """`slots_of` and `restarts_of` on what is hashable, so that it is done once per optimizer and structure."""
     opt_state = jax.tree.unflatten(opt_treedef, [jax.ShapeDtypeStruct(*shape) for shape in slot_shapes])
     check_made(initial(tx, params_treedef, param_shapes), opt_state)
+    param_keys = _mirrored_keys(params_treedef, param_keys)
     mirrored = Mirrored(param_keys, named_tuples(params_treedef), _sizes(param_shapes))
     fields = list(walk(opt_state, Context(), mirrored))
     places = list(_places(opt_state, fields, param_keys, mirrored.sizes))
@@ -209,7 +211,7 @@ def find_slots(
     chosen = set(stands_for.values()) or {0}
     probed = slot_probe.probe(tx, params_treedef, param_shapes, tuple(sorted(chosen)))
     _check_known(places, probed, stands_for, param_keys)
-    laid = _lying(places, slot_shapes, param_shapes, Made(tx, params_treedef, param_shapes, 0, 0))
+    laid = _lying(places, slot_shapes, param_shapes, Made(tx, params_treedef, param_shapes, 0, ()), param_keys)
     found: dict[int, list[Slot]] = {}
     for place in places:
         keys = place.keys(param_keys[stands_for[place.owner]])
@@ -219,6 +221,13 @@ def find_slots(
         found.setdefault(place.owner, []).append(slot)
     restarts = tuple(dataclasses.replace(one, init=probed.init.get(keys) or 0.0) for keys, one in anew)
     return Found({owner: tuple(slots) for owner, slots in found.items()}, restarts)
+
+
+def _mirrored_keys(params_treedef: Any, param_keys: tuple[KeyPath, ...]) -> tuple[KeyPath, ...]:
+    """The key paths by which slots mirror parameters: of the fast half of `optax.lookahead`'s pair alone."""
+    if not slot_probe.is_pair(params_treedef):
+        return param_keys
+    return tuple(keys[1:] if keys[0].name == "fast" else UNMIRRORED for keys in param_keys)
 
 
 class _Place(NamedTuple):
@@ -261,7 +270,11 @@ def _places(
 
 
 def _lying(
-    places: list[_Place], slot_shapes: slot_probe.Shapes, param_shapes: slot_probe.Shapes, made: Made
+    places: list[_Place],
+    slot_shapes: slot_probe.Shapes,
+    param_shapes: slot_probe.Shapes,
+    made: Made,
+    param_keys: tuple[KeyPath, ...],
 ) -> dict[_Place, Laid]:
     """How those slots lie that are not shaped like their parameter."""
     beside: dict[tuple[int, type], list[tuple[int, ...]]] = {}
@@ -281,7 +294,8 @@ def _lying(
             "keys": jax.tree_util.keystr(place.field.keys),
             "fields": jax.tree_util.keystr(place.field.keys[:-1]),
         }[layout.joins]
-        laid[place] = Laid(layout, bundle, leaf, dataclasses.replace(made, owner=place.owner, index=place.place))
+        keys = place.keys(param_keys[place.owner])
+        laid[place] = Laid(layout, bundle, leaf, dataclasses.replace(made, owner=place.owner, keys=keys))
     return laid
 
 

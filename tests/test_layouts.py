@@ -295,3 +295,48 @@ def test_a_restart_names_a_field_and_a_time_that_exist():
         fsh.register_slot(optax.TraceState, restarts={"counts": "edit"})
     with pytest.raises(fsh.SurgeryError, match=r"Unknown time of a restart\. Found: 'always'"):
         fsh.register_slot(optax.TraceState, restarts={"trace": "always"})
+
+
+def test_shapes_are_those_of_the_slot_wherever_measurements_lie(x64):
+    if not hasattr(optax, "monitor"):
+        pytest.skip("an older optax")
+    tx = optax.chain(optax.monitor({"norm": optax.tree.norm}), optax.scale_by_lbfgs(memory_size=3))
+    after, _ = edited(tx, lambda w: 2 * w, "carry")
+    assert after.opt_state[1].diff_params_memory["kernel"].shape == (3, 3, 4)
+
+
+def test_a_restart_is_for_its_own_state_and_not_for_one_whose_name_begins_alike(x64):
+    tx = optax.named_chain(
+        ("r1", optax.masked(optax.scale_by_lbfgs(memory_size=3), {"kernel": False, "bias": True})),
+        ("r11", optax.trace(0.9)),
+    )
+    params, state = run(tx)
+    after, _ = fsh.operate(fsh.bind(params=params, opt_state=state, tx=tx), lambda w: 2 * w, params="kernel")
+    assert after.opt_state["r1"].inner_state.count == STEPS, "the edited leaf is none of its"
+
+
+# Lookahead: parameters are a pair, slots those of the fast half
+
+
+def test_lookahead_slots_follow_the_fast_half(x64):
+    tx = optax.lookahead(optax.sgd(0.1, momentum=0.9), sync_period=3, slow_step_size=0.5)
+    start_pair = optax.LookaheadParams.init_synced(start())
+
+    def run_pair(edit=lambda w: w, of_gradient=lambda g: g):
+        mapped = jax.tree.map(lambda w: edit(w) if w.ndim == 2 else w, start_pair)
+        state = tx.init(mapped)
+        for step in range(2):
+            grads = gradients(step)
+            grads = {**grads, "kernel": of_gradient(grads["kernel"])}
+            _, state = tx.update(grads, state, mapped)
+        return mapped, state
+
+    params, state = run_pair()
+    bound = fsh.bind(params=params, opt_state=state, tx=tx)
+    edit, of_gradient = (lambda w: SCALES * w[ROWS]), (lambda g: g[ROWS] / SCALES)
+    after, record = fsh.operate(bound, edit, params="{fast,slow}/kernel", opt_state="transport")
+    expected = run_pair(edit, of_gradient)
+    assert differing(after.opt_state, expected[1]) == []
+    assert differing(after.params, expected[0]) == []
+    assert record.paths == ("fast/kernel", "slow/kernel")
+    assert differing(after.opt_state, run_pair(edit, edit)[1])
