@@ -53,7 +53,18 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True)
-class Factored:
+class _Traits:
+    """The attributes of a layout, most of which are the same for most."""
+
+    name: str = ""
+    joins: str = ""
+    stacked: bool = False
+    keeps: bool = False
+    needs_transport: bool = False
+
+
+@dataclass(frozen=True)
+class Factored(_Traits):
     """Second moments as a mean over rows and one over columns (Adafactor): their product over their mean.
 
     Exact for second moments of rank 1; then for any edit that is monomial in them.
@@ -61,9 +72,6 @@ class Factored:
 
     name: str = "factored"
     joins: str = "fields"
-    stacked: bool = False
-    keeps: bool = False
-    needs_transport: bool = False
 
     def applies(self, shape: Shape, leaf: Shape, beside: Sequence[Shape]) -> bool:
         """Always: leaves that are not factored have their whole moment in the last part."""
@@ -98,14 +106,11 @@ def _dims(leaf: Shape, row: Shape, column: Shape) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class PerAxis:
+class PerAxis(_Traits):
     """One sum per index of each axis (SM3), whose least bounds the moment of an element from above."""
 
     name: str = "per axis"
     joins: str = "keys"
-    stacked: bool = False
-    keeps: bool = False
-    needs_transport: bool = False
 
     def applies(self, shape: Shape, leaf: Shape, beside: Sequence[Shape]) -> bool:
         """Always; the state's fields that mirror the leaf are registered without."""
@@ -126,14 +131,10 @@ class PerAxis:
 
 
 @dataclass(frozen=True)
-class PerLeaf:
+class PerLeaf(_Traits):
     """One number for the whole leaf, the sum over its elements (NovoGrad). Exact where all scale alike."""
 
     name: str = "per leaf"
-    joins: str = ""
-    stacked: bool = False
-    keeps: bool = False
-    needs_transport: bool = False
 
     def applies(self, shape: Shape, leaf: Shape, beside: Sequence[Shape]) -> bool:
         """Where it is a scalar and the leaf is none."""
@@ -149,14 +150,10 @@ class PerLeaf:
 
 
 @dataclass(frozen=True)
-class PerUnit:
+class PerUnit(_Traits):
     """One number for all elements that share some axes, which have size 1 (counts of units)."""
 
     name: str = "per unit"
-    joins: str = ""
-    stacked: bool = False
-    keeps: bool = False
-    needs_transport: bool = False
 
     def applies(self, shape: Shape, leaf: Shape, beside: Sequence[Shape]) -> bool:
         """Where it is of the leaf's rank and not of its shape."""
@@ -173,15 +170,13 @@ class PerUnit:
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(_Traits):
     """Several past values one behind the other along a first axis (L-BFGS). Exact under transport; they say nothing of
     another function, so that any other rule starts them anew.
     """
 
     name: str = "stacked"
-    joins: str = ""
     stacked: bool = True
-    keeps: bool = False
     needs_transport: bool = True
 
     def applies(self, shape: Shape, leaf: Shape, beside: Sequence[Shape]) -> bool:
@@ -198,16 +193,13 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class Projected:
+class Projected(_Traits):
     """Moments in the space of a projected gradient, and the projector (GaLore): they stay where the leaf keeps its
     shape, and start anew with the projector where it does not.
     """
 
     name: str = "projected"
-    joins: str = ""
-    stacked: bool = False
     keeps: bool = True
-    needs_transport: bool = False
 
     def applies(self, shape: Shape, leaf: Shape, beside: Sequence[Shape]) -> bool:
         """Where the leaf has a projector: those of other leaves are empty."""
