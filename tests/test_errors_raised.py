@@ -29,8 +29,8 @@ from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Rei
 
 ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "config", "config_export", "config_fields",
              "config_hook", "config_reading", "config_registry", "config_writing", "derived_schedules", "errors",
-             "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "rewarm", "schedules", "selection",
-             "slot_edits", "slot_gain", "switching", "writers")  # fmt: skip
+             "freezable", "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "rewarm", "schedules",
+             "selection", "slot_edits", "slot_gain", "switching", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))

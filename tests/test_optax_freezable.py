@@ -16,6 +16,7 @@ from tiny import assert_bitwise_equal
 
 import flax_surgery_hooks as fsh
 from flax_surgery_hooks import slots
+from flax_surgery_hooks.errors import StateError
 from flax_surgery_hooks.optax import FreezableState, freezable, rewarm, scale_by_adam_per_element
 from flax_surgery_hooks.paths import flatten
 
@@ -496,3 +497,9 @@ def test_slots_in_one_vector_for_all_are_kept_too():
     assert (mu[:2] != before_mu[:2]).all()
     assert (mu[6:] != before_mu[6:]).all()
     assert not updates["b"].any()
+
+
+def test_a_function_that_makes_an_optimizer_is_none():
+    with pytest.raises(StateError, match=r"freezable wraps an optax transformation\. Found: adam") as caught:
+        fsh.optax.freezable(optax.adam)
+    assert caught.value.write == "fsh.optax.freezable(optax.adamw(1e-3))"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_surgery_hooks.errors import StateError
 from flax_surgery_hooks.optax.beside import beside, map_beside
 from flax_surgery_hooks.slot_registry import register_slot
 from flax_surgery_hooks.slots import owners_of
@@ -47,6 +48,9 @@ def freezable(tx: optax.GradientTransformation) -> optax.GradientTransformationE
       A transform whose state is a `FreezableState`, with nothing frozen at first. Gradients, updates and slots keep
       their shapes and dtypes; updates that are neither float, complex nor integer (of keys, say) pass as they are.
 
+    Raises:
+      StateError: `tx` is no optax transformation, such as a function that makes one.
+
     >>> tx = freezable(optax.adamw(0.1))
     >>> params = {"w": jnp.ones(2), "v": jnp.ones(2)}
     >>> state = tx.init(params)
@@ -55,6 +59,12 @@ def freezable(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     >>> [updates[name].tolist() for name in ("w", "v")]
     [[-0.0, -0.0], [-0.1000..., -0.1000...]]
     """
+    if not callable(getattr(tx, "update", None)):
+        raise StateError(
+            "freezable wraps an optax transformation.",
+            found=getattr(tx, "__name__", type(tx).__name__),
+            write="fsh.optax.freezable(optax.adamw(1e-3))",
+        )
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> FreezableState:
