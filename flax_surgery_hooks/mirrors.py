@@ -115,6 +115,8 @@ class View:
         self.tx = extended(state.tx, mirrors, fields)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_state":  # a copy in the making has none yet, and would look for it for ever
+            raise AttributeError(name)
         return getattr(self._state, name)
 
     @property
