@@ -127,8 +127,15 @@ def _run(tx: Any, params: Any, factors: jax.Array) -> tuple[Any, Any]:
     """The streams, with the first set of further arguments that the optimizer takes."""
     for arguments in ARGUMENTS[:-1]:
         with contextlib.suppress(TypeError, ValueError):
-            return _streams(tx, params, arguments)(factors)
-    return _streams(tx, params, ARGUMENTS[-1])(factors)
+            return _evaluated(_streams(tx, params, arguments), factors)
+    return _evaluated(_streams(tx, params, ARGUMENTS[-1]), factors)
+
+
+def _evaluated(streams: Callable[[Any], tuple[Any, Any]], factors: jax.Array) -> tuple[Any, Any]:
+    try:
+        return streams(factors)
+    except NotImplementedError:  # older JAX cannot run every loop operation by operation
+        return jax.jit(streams)(factors)
 
 
 def _streams(tx: Any, params: Any, arguments: tuple[str, ...]) -> Callable[[Any], tuple[Any, Any]]:
