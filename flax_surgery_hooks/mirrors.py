@@ -115,9 +115,8 @@ class View:
         self.tx = extended(state.tx, mirrors, fields)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_state":  # a copy in the making has none yet, and would look for it for ever
-            raise AttributeError(name)
-        return getattr(self._state, name)
+        # A copy in the making has no `_state` yet, and would look for it here for ever.
+        return getattr(object.__getattribute__(self, "_state"), name)
 
     @property
     def params(self) -> Any:

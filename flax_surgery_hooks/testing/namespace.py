@@ -79,7 +79,7 @@ def makers() -> dict[str, Any]:
     A function that says what it returns is believed; of one that does not, the source is searched. Classes count if
     they have `init` and `update`, or give a transformation.
 
-    >>> {"adam", "MultiSteps", "inject_hyperparams", "galore", "dog"} - set(makers())
+    >>> {"adam", "MultiSteps", "inject_hyperparams", "dog"} - set(makers())
     set()
     >>> {"apply_updates", "ScaleByAdamState", "cosine_decay_schedule"} & set(makers())
     set()
