@@ -10,6 +10,8 @@ from flax_surgery_hooks import metrics as metrics
 from flax_surgery_hooks import surgeries as surgeries
 from flax_surgery_hooks.adapters import bind as bind
 from flax_surgery_hooks.adapters import bind_nnx as bind_nnx
+from flax_surgery_hooks.collectives import Collective as Collective
+from flax_surgery_hooks.collectives import collectives as collectives
 from flax_surgery_hooks.derived_schedules import at_epochs as at_epochs
 from flax_surgery_hooks.derived_schedules import at_fraction as at_fraction
 from flax_surgery_hooks.derived_schedules import cooldown as cooldown

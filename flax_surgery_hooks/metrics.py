@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
-from flax_surgery_hooks.reductions import totals
+from flax_surgery_hooks.reductions import added, totals_here
 from flax_surgery_hooks.writers import MetricWriter as MetricWriter
 from flax_surgery_hooks.writers import create_default_writer as create_default_writer
 
@@ -84,37 +84,48 @@ class FireFigures(clu_metrics.Collection):
         return {f"{part}/{name}": value for part, values in self.compute().items() for name, value in values.items()}
 
 
-def measure(before: jax.Array, after: jax.Array, fresh: jax.Array | None) -> Change:
-    """The change from one array to another, all figures in one pass over them.
+Pair = tuple[Any, Any, Any]
+"""An array before and after an edit, any shapes and number types, and which elements of the second have no history, as
+booleans, or None."""
 
-    Args:
-      before: the array before, any shape and number type.
-      after: the array after.
-      fresh: which elements of `after` have no history, or None.
-    """
-    old, new = _wide(before), _wide(after)
-    size = jnp.full((), float(new.size), jnp.float32)
-    none = jnp.zeros((), jnp.float32)
-    of_new = [new * new, _flag(new == 0), _flag(~jnp.isfinite(new)), *([] if fresh is None else [_flag(fresh)])]
+
+def measure(pairs: Iterable[Pair]) -> list[Change]:
+    """The change of each pair: one pass over it, and one all-reduce for all pairs that lie on one mesh."""
+    items = [(_keyless(before), _keyless(after), fresh) for before, after, fresh in pairs]
+    return [_change(item, row) for item, row in zip(items, added(_row, items), strict=True)]
+
+
+def _row(item: Pair) -> jax.Array:
+    """What is summed over the elements of a pair, or of pieces of both."""
+    old, new = _wide(item[0]), _wide(item[1])
+    fresh = jnp.zeros(()) if item[2] is None else _flag(item[2])
+    of_new = [new * new, _flag(new == 0), _flag(~jnp.isfinite(new)), *([] if item[2] is None else [fresh])]
     if old.shape == new.shape:
         change = new - old
-        became = ~jnp.isfinite(new) & jnp.isfinite(old)
-        together = totals([*of_new, old * old, change * change, _flag(change != 0), _flag(became)])
-        sums_new, (square_before, square_change, changed, nonfinite_new) = together[:-4], together[-4:]
+        became = _flag(~jnp.isfinite(new) & jnp.isfinite(old))
+        summed = totals_here([old * old, change * change, _flag(change != 0), became, *of_new])
     else:
-        sums_new = totals(of_new)
-        square_before, nonfinite_before = totals([old * old, _flag(~jnp.isfinite(old))])
-        square_change, changed = sums_new[0], size
-        nonfinite_new = jnp.maximum(sums_new[2] - nonfinite_before, 0)
+        of_old = totals_here([old * old, _flag(~jnp.isfinite(old))])
+        none = jnp.zeros((), jnp.float32)
+        summed = (of_old[0], none, none, of_old[1], *totals_here(of_new))
+    return jnp.stack([*summed, fresh] if item[2] is None else summed)
+
+
+def _change(item: Pair, row: jax.Array) -> Change:
+    square_before, square_change, changed, nonfinite_new, square_after, zeros, nonfinite, fresh = row
+    size = jnp.full((), float(item[1].size), jnp.float32)
+    if item[0].shape != item[1].shape:
+        square_change, changed = square_after, size
+        nonfinite_new = jnp.maximum(nonfinite - nonfinite_new, 0)
     return Change(
         size=size,
         changed=changed,
-        fresh=none if fresh is None else sums_new[3],
+        fresh=fresh,
         square_before=square_before,
-        square_after=sums_new[0],
+        square_after=square_after,
         square_change=square_change,
-        zeros=sums_new[1],
-        nonfinite=sums_new[2],
+        zeros=zeros,
+        nonfinite=nonfinite,
         nonfinite_new=nonfinite_new,
     )
 
@@ -141,7 +152,10 @@ def _flag(flags: jax.Array) -> jax.Array:
     return jnp.where(flags, 1.0, 0.0).astype(jnp.float32)
 
 
+def _keyless(values: Any) -> jax.Array:
+    values = jnp.asarray(values)
+    return jax.random.key_data(values) if jnp.issubdtype(values.dtype, jax.dtypes.prng_key) else values
+
+
 def _wide(values: jax.Array) -> jax.Array:
-    if jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
-        values = jax.random.key_data(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))

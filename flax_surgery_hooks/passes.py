@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_surgery_hooks.collectives import Collective, collectives
+
 Leaf = tuple[tuple[int, ...], str, str]
 """Shape, dtype and placement of a leaf or slot."""
 
@@ -44,6 +46,8 @@ class Program:
       in_place: whether the edit mixes elements, so that slots stay in place.
       edit: memory of the editing pass, or None where it has not run or the backend does not say.
       measure: likewise of the measuring pass.
+      edit_collectives: what the editing pass says to other devices.
+      measure_collectives: likewise the measuring pass.
     """
 
     leaves: tuple[Leaf, ...]
@@ -52,6 +56,8 @@ class Program:
     in_place: bool
     edit: Memory | None
     measure: Memory | None
+    edit_collectives: tuple[Collective, ...] = ()
+    measure_collectives: tuple[Collective, ...] = ()
 
     def __str__(self) -> str:
         leaves = ", ".join(f"{dtype}{list(shape)} on {place}" for shape, dtype, place in self.leaves)
@@ -61,6 +67,8 @@ class Program:
         for name, memory in (("edit", self.edit), ("measure", self.measure)):
             if memory is not None:
                 parts.append(f"{name}: {memory.touched:,} B touched, {memory.temporaries:,} B temporary")
+        for name, said in (("edit", self.edit_collectives), ("measure", self.measure_collectives)):
+            parts += [f"{name}: {one}" for one in said]
         return "; ".join(parts)
 
 
@@ -103,7 +111,7 @@ class Passes:
 
     def memory(self, *arguments: Any) -> Memory | None:
         """What an `edit` without donation needs; compiles it."""
-        return _memory(self.second, jax.tree.map(_abstract, arguments))
+        return _memory_of(_compiled(self.second, jax.tree.map(_abstract, arguments)))
 
     def compile_donating(self, *arguments: Any) -> None:
         """Compiles the donating `edit`: whatever fails there does so before anything is gone."""
@@ -112,9 +120,12 @@ class Passes:
     def describe(self) -> Program:
         """What has been compiled and served so far; runs nothing."""
         leaves, slots = self._leaves
-        edit = _memory(self.donating if self._donated else self.second, self._edited)
-        measure = _memory(self.first, self._measured)
-        return Program(leaves, slots, self._served, self.in_place, edit, measure)
+        edit = _compiled(self.donating if self._donated else self.second, self._edited)
+        measure = _compiled(self.first, self._measured)
+        return Program(
+            leaves, slots, self._served, self.in_place, _memory_of(edit), _memory_of(measure), _said_by(edit),
+            _said_by(measure),
+        )  # fmt: skip
 
 
 def table(programs: Iterable[Program]) -> str:
@@ -145,10 +156,17 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.aval.weak_type)
 
 
-def _memory(program: Any, arguments: Any) -> Memory | None:
-    if arguments is None:
-        return None
-    analysis = program.lower(*arguments).compile().memory_analysis()  # found in JAX's own cache: compiles nothing
+def _compiled(program: Any, arguments: Any) -> Any:
+    """The program for these arguments; if it has run, found in JAX's own cache."""
+    return None if arguments is None else program.lower(*arguments).compile()
+
+
+def _memory_of(compiled: Any) -> Memory | None:
+    analysis = None if compiled is None else compiled.memory_analysis()
     if analysis is None:
         return None
     return Memory(analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
+
+
+def _said_by(compiled: Any) -> tuple[Collective, ...]:
+    return () if compiled is None else collectives(compiled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from flax_surgery_hooks import checks, lineage, transport
 from flax_surgery_hooks.calling import call, call_fold_back
 from flax_surgery_hooks.errors import RuleError, SurgeryFunctionError, UserCodeError, located
 from flax_surgery_hooks.following import move_slots
-from flax_surgery_hooks.metrics import Change, combine, measure
+from flax_surgery_hooks.metrics import Change, Pair, combine, measure
 from flax_surgery_hooks.operation import NOTHING, Fire, Operation, Unit, compute_dtype, follows, like
 from flax_surgery_hooks.slot_edits import edited_slots
 
@@ -172,42 +173,29 @@ def perform(
         fresh, used = (None,) * len(moved), ()
     rule = "transport" if operation.rules.default == "transport" else "carry"
     without_history = {path: how.fresh(path, rule) for path in floats} if how is not None else {}
-    return Edited(
-        stored,
-        moved,
-        traced.memory,
-        (
-            *_measured([old.get(path) for path in after.paths], stored, map(without_history.get, after.paths)),
-            *_removed(leaf for path, leaf in old.items() if path not in after.paths),
-        ),
-        combine(
-            (
-                *_measured([None if i is None else slots[i] for i in unit.origins()], moved, fresh),
-                *_removed(slot for i, slot in enumerate(slots) if i not in unit.origins()),
-            )
-        ),
-        combine(map(_measure_memory, jax.tree.leaves(fire.memory), jax.tree.leaves(traced.memory))),
-        used,
+    changes = measure(
+        [
+            *_pairs([old.get(path) for path in after.paths], stored, map(without_history.get, after.paths)),
+            *((leaf, NOTHING, None) for path, leaf in old.items() if path not in after.paths),
+            *_pairs([None if i is None else slots[i] for i in unit.origins()], moved, fresh),
+            *((slot, NOTHING, None) for i, slot in enumerate(slots) if i not in unit.origins()),
+            *zip(*map(jax.tree.leaves, (fire.memory, traced.memory)), itertools.repeat(None)),
+        ]
     )
+    leaves = len(set(unit.paths) | set(after.paths))
+    remembered = len(jax.tree.leaves(fire.memory))
+    of_slots, of_memory = changes[leaves : len(changes) - remembered], changes[len(changes) - remembered :]
+    return Edited(stored, moved, traced.memory, tuple(changes[:leaves]), combine(of_slots), combine(of_memory), used)
+
+
+def _pairs(before: Iterable[Any], after: Iterable[jax.Array], fresh: Iterable[Any]) -> Iterator[Pair]:
+    for old, new, flags in zip(before, after, fresh, strict=True):
+        yield NOTHING if old is None else old, new, flags
 
 
 def _stored(unit: Unit, place: int, new: jax.Array, old: Any) -> jax.Array:
     """A new leaf as the train state holds it: in the dtype of the old one, or in that settled for a new path."""
     return like(new, old) if old is not None else jnp.asarray(new).astype(unit.after.dtypes[0][place])
-
-
-def _measured(before: Iterable[Any], after: Iterable[jax.Array], fresh: Iterable[Any]) -> Iterator[Change]:
-    for old, new, flags in zip(before, after, fresh, strict=True):
-        yield measure(jnp.asarray(NOTHING if old is None else old), new, flags)
-
-
-def _removed(before: Iterable[Any]) -> Iterator[Change]:
-    for old in before:
-        yield measure(jnp.asarray(old), jnp.asarray(NOTHING), None)
-
-
-def _measure_memory(old: Any, new: Any) -> Change:
-    return measure(jnp.asarray(old), jnp.asarray(new), None)
 
 
 def _check_kept(operation: Operation, unit: Unit, old: Sequence[Any], new: Sequence[jax.Array]) -> None:

@@ -31,6 +31,7 @@ from flax_surgery_hooks.placement import (
     placement,
     relabelled,
 )
+from flax_surgery_hooks.reductions import Places, across, places_of
 from flax_surgery_hooks.verdicts import rows_of
 
 ANY_LEAF = "<leaf>"
@@ -186,9 +187,10 @@ class Programs:
         return common
 
     def _passes(self, signature: Signature, unit: Unit, arrays: Arrays, placed: Arrays) -> Passes:
-        first = jax.jit(functools.partial(self._measure, signature.common, signature.in_place))
-        edit = functools.partial(self._guarded, signature.common, signature.in_place)
         places = _out_shardings(unit, arrays, signature.after)
+        lie = _places(placed, signature.after, places)
+        first = jax.jit(functools.partial(self._measure, signature.common, signature.in_place, lie))
+        edit = functools.partial(self._guarded, signature.common, signature.in_place, lie)
         second, donating = (jax.jit(edit, out_shardings=places, donate_argnums=which) for which in ((), 0))
         return Passes(first, second, donating, placed, signature.after, signature.in_place)
 
@@ -196,12 +198,16 @@ class Programs:
         fire = fire._replace(memory=arrays.memory)
         return perform(self.operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds)
 
-    def _measure(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire) -> Measured:
-        edited = self._edit(unit, in_place, arrays, fire)
+    def _measure(self, unit: Unit, in_place: bool, lie: Places, arrays: Arrays, fire: Fire) -> Measured:
+        with across(lie):
+            edited = self._edit(unit, in_place, arrays, fire)
         return Measured(rows_of(edited), edited.seeds)
 
-    def _guarded(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any, ok: Any) -> Arrays:
-        edited = self._edit(unit, in_place, arrays, fire, seeds)
+    def _guarded(
+        self, unit: Unit, in_place: bool, lie: Places, arrays: Arrays, fire: Fire, seeds: Any, ok: Any
+    ) -> Arrays:
+        with across(lie):
+            edited = self._edit(unit, in_place, arrays, fire, seeds)
         new = Arrays(edited.params, edited.slots, edited.memory)
         return new if ok is None else choose(ok, new, arrays)
 
@@ -253,6 +259,13 @@ def _out_shardings(unit: Unit, arrays: Arrays, after: Arrays) -> Arrays:
         tuple(map(place, slots, after.slots)),
         jax.tree.map(place, arrays.memory, after.memory),
     )
+
+
+def _places(before: Arrays, after: Arrays, shardings: Arrays) -> Places:
+    """Where the arrays of a unit lie, before its edit and after."""
+    old = [(leaf.shape, leaf.sharding) for leaf in jax.tree.leaves(before) if isinstance(leaf, jax.Array)]
+    given = jax.tree.leaves(tuple(shardings), is_leaf=lambda sharding: sharding is None)
+    return places_of([*old, *((leaf.shape, one) for leaf, one in zip(jax.tree.leaves(after), given, strict=True))])
 
 
 def _placed(unit: Unit, arrays: Arrays, new: Arrays) -> Arrays:

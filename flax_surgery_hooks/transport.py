@@ -213,10 +213,17 @@ def mean_of_survivors(moved: jax.Array, fresh: jax.Array, old: jax.Array, init: 
       A float32 array that broadcasts against `moved`.
     """
     alive = jnp.where(fresh, 0.0, 1.0)
-    count, total = sums([alive, moved * alive], over=range(moved.ndim - 1))
-    everywhere = totals([old])[0] / max(old.size, 1) if old.size else jnp.asarray(init, jnp.float32)
-    whole = jnp.where(count.sum() > 0, total.sum() / jnp.maximum(count.sum(), 1), everywhere)
-    return jnp.where(count > 0, total / jnp.maximum(count, 1), whole)
+    over = range(moved.ndim - 1)
+
+    def mean(count: jax.Array, total: jax.Array, before: jax.Array) -> jax.Array:
+        everywhere = before.sum() / old.size if old.size else jnp.asarray(init, jnp.float32)
+        whole = jnp.where(count.sum() > 0, total.sum() / jnp.maximum(count.sum(), 1), everywhere)
+        return jnp.where(count > 0, total / jnp.maximum(count, 1), whole)
+
+    if old.shape == moved.shape:
+        return sums([alive, moved * alive, old], over, mean)
+    count, total = sums([alive, moved * alive], over, lambda *both: jnp.stack(both))
+    return mean(count, total, totals([old])[0])
 
 
 def mean_if_any_fresh(
