@@ -96,6 +96,12 @@ def _joined(parts: Parts, leaves: Leaves, slot: Slot, pieces: Mapping[str, Any])
     return as_before(vector, like(joined, vector))
 
 
+def restarts_at(operation: Operation, parts: Parts, plan: Sequence[Unit]) -> set[int]:
+    """Places in the optimizer state of what an edit that keeps shapes makes anew."""
+    same = dict(zip(parts.params.paths, parts.params.values, strict=True))
+    return {one.index for one in _restarts(operation, parts, plan, same)}
+
+
 def _restarts(
     operation: Operation, parts: Parts, plan: Sequence[Unit], params: Mapping[str, Any]
 ) -> tuple[Restart, ...]:
@@ -105,7 +111,7 @@ def _restarts(
     old = dict(zip(parts.params.paths, parts.params.values, strict=True))
 
     def reshapes(unit: Unit) -> bool:
-        return unit.other is not None or any(np.shape(old[path]) != params[path].shape for path in unit.paths)
+        return unit.other is not None or any(np.shape(old[path]) != np.shape(params[path]) for path in unit.paths)
 
     def due(one: Restart) -> bool:
         if one.when == "edit":

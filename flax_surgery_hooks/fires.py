@@ -18,7 +18,7 @@ from absl import logging
 from flax_surgery_hooks import memory, optimizer_edits
 from flax_surgery_hooks.committing import commit as commit_arrays
 from flax_surgery_hooks.ledger import Ledger, Record
-from flax_surgery_hooks.operate import Outcome, needs_key, record_of, run, run_abstractly
+from flax_surgery_hooks.operate import needs_key, record_of, run, run_abstractly
 from flax_surgery_hooks.operation import Operation, Unit, fire_for
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
@@ -61,11 +61,12 @@ def fire_key(operation: Operation, seed: int, name: str, step: int, count: int) 
     """
     if not needs_key(operation):
         return None
-    return _folded(seed, path_hash(name), step, count)
+    return folded(seed, path_hash(name), step, count)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _folded(seed: int, name: Any, step: Any, count: int) -> jax.Array:
+def folded(seed: int, name: Any, step: Any, count: int) -> jax.Array:
+    """The key of a fire; `name` is the `path_hash` of the hook's."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), name), step)
     return jax.random.fold_in(key, count) if count else key
 
@@ -117,7 +118,7 @@ def fire(
     if outcome.applied:
         state = commit_arrays(operation, state, parts, plan, outcome.arrays, outcome.ok, reshape.tx)
         if operation.edit.takes("memory"):
-            state = memory.put(state, name, _remembered(operation, plan, outcome))
+            state = memory.put(state, name, remembered_by(operation, plan, outcome.arrays))
     reshaped = shapes(state.params) != shapes(held)
     if reshaped:
         state = reshape.replaced(state)
@@ -127,9 +128,9 @@ def fire(
     return state, Fired(record, figures, leaves, samples, outcome.ok, reshaped)
 
 
-def _remembered(operation: Operation, plan: Sequence[Unit], outcome: Outcome) -> Any:
+def remembered_by(operation: Operation, plan: Sequence[Unit], arrays: Sequence[Arrays]) -> Any:
     """What a surgery remembers after a fire."""
-    by_path = {unit.paths[0]: new.memory for unit, new in zip(plan, outcome.arrays, strict=True)}
+    by_path = {unit.paths[0]: new.memory for unit, new in zip(plan, arrays, strict=True)}
     return next(iter(by_path.values())) if operation.edit.many else by_path
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from flax_surgery_hooks import fires, memory
+from flax_surgery_hooks import fires, in_graph, memory
 from flax_surgery_hooks.ahead import check_ahead
+from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.donation import DONATE
 from flax_surgery_hooks.errors import HookError, StateError, StepError, located
 from flax_surgery_hooks.hook_set import HookSet
@@ -63,7 +64,7 @@ class SurgeryHooks(HookSet):
 
     # An idle call is two comparisons of integers; slots make reading these a quarter cheaper.
     __slots__ = (
-        "_counts", "_last", "_programs", "_settler", "_started", "_unchecked", "_wake",
+        "_collector", "_counts", "_last", "_programs", "_settler", "_started", "_unchecked", "_wake",
         "donate", "ledger", "mirrors", "seed", "strict_steps",
     )  # fmt: skip
 
@@ -95,6 +96,7 @@ class SurgeryHooks(HookSet):
         self.ledger = Ledger(ledger, on_record)
         self.strict_steps = strict_steps
         self._settler = Settler(self.ledger, writer, on_error, settle_after)
+        self._collector = Collector(settle_after)
         self._programs: dict[str, dict[Hashable, Programs]] = {}
         self._unchecked: set[str] = set()
         self._counts: dict[tuple[str, int], int] = {}
@@ -185,19 +187,66 @@ class SurgeryHooks(HookSet):
         _, fired = self._fire(hook, state, step, inputs, "never", commit=False)
         return replace(read(fired), event="preview", id=None)
 
-    def init(self, state: Any) -> Any:
-        """The state with room for what surgeries remember, in its field `surgery`. Once all hooks are added, before
-        the first train step: a later change of the state's structure would compile the step anew.
+    def init(self, state: Any, *, fires: int = 8) -> Any:
+        """The state with room, in its field `surgery`, for what surgeries remember and for the figures of fires in
+        graph. Once all hooks are added, before the first train step: a later change of the state's structure would
+        compile the step anew; and once more where the state has moved to other devices.
 
-        A memory that is there already, from a checkpoint, is kept. Works on concrete, abstract and traced states.
+        What is there already, from a checkpoint, is kept. Works on concrete, abstract and traced states; on a concrete
+        one it waits for the device, and sees where the leaves lie, without which figures cost more in graph.
+
+        Args:
+          state: the train state.
+          fires: for how many fires in graph of each hook there is room until `collect`; 0 where only `observe` runs
+            in the train step and fires are the host's.
 
         Raises:
-          StateError: the state has no such field, or holds a memory that does not fit.
+          StateError: surgeries remember and the state has no such field, or it holds what does not fit.
+          HookError: `fires` is no such number.
         """
-        return written(memory.fitted(state, self._named(), self.seed))
+        if isinstance(fires, bool) or not isinstance(fires, int) or fires < 0:
+            raise HookError("init(fires=...) is a number of fires.", found=repr(fires), write="hooks.init(state)")
+        state = memory.fitted(state, self._named(), self.seed)
+        state = written(in_graph.fitted(state, self._graphable(), fires, self.mirrors))
+        self._collector.begin(state)
+        return state
 
     def in_graph(self, state: Any, **inputs: Any) -> Any:
-        """What hooks do at every step: their surgeries' `observe`. For inside the jitted train step, or a scan.
+        """The traced form of a call, for inside the jitted train step or a scan of many steps.
+
+        First comes `observe`, then the fires that are due at `state.step`, each under a `lax.cond` over the leaves that
+        it touches.
+
+        They do the same to the state as fires on the host, with the same keys. Their figures wait in the state until
+        `collect`, or a call of the hooks, reads them. From the first trace on a call leaves these hooks alone, and does
+        what stays on the host: hooks that bring `apply_fn=` or the like, that switch the optimizer, keep histograms, or
+        whose schedule only the host can decide.
+
+        Args:
+          state: the train state after the optimizer's update, traced or not.
+          **inputs: whatever surgeries ask for by name.
+
+        Returns:
+          The state, of the same structure.
+
+        Raises:
+          StateError: `init` has not been called, or the state has no field `surgery` or no step.
+          HookError: no hook has anything to do in graph.
+          StructureError: a fire changes the shape of a leaf, and the hook does not say so.
+        """
+        hooks, graphable = self._ordered(), self._graphable()
+        in_graph.check_not_empty(hooks, any(hook.operation.edit.observe is not None for hook in hooks))
+        in_graph.check_ready(state, graphable)
+        state = memory.observe(state, self._named(), self.seed, inputs)
+        for hook in graphable:
+            state, about = in_graph.fire(state, hook, self.seed, inputs, self.mirrors, self._collector.lying)
+            self._collector.traced[hook.name] = about
+        self._wake = -1  # a call before the trace may have thought that these hooks are the host's
+        return written(state)
+
+    def observe(self, state: Any, **inputs: Any) -> Any:
+        """What hooks do at every step, and no fires: their surgeries' `observe`. For inside the jitted train step of a
+        loop that calls the hooks after it, or a scan.
 
         Hooks are observed in the order in which they fire; nothing is measured or recorded, slots stay as they are.
 
@@ -212,6 +261,30 @@ class SurgeryHooks(HookSet):
           StateError: `init` has not been called.
         """
         return written(memory.observe(state, self._named(), self.seed, inputs))
+
+    def collect(self, state: Any) -> tuple[Record, ...]:
+        """Records the fires in graph since the last time, and reads the figures of all fires; waits for the device.
+
+        For loops that scan many steps in one call: once after each, or at least as often as `init(fires=...)` allows. A
+        loop that calls the hooks after each step need not: they do this by themselves, some steps later.
+
+        Args:
+          state: the train state.
+
+        Returns:
+          The new "settled" and "refused" records.
+
+        Raises:
+          RefusedError: the guard kept a result out, and `on_error` is "raise".
+        """
+        check_concrete(state)
+        if not self._started:
+            self._begin(step_of(state))
+        known = len(self.ledger.records)
+        self._gather(self._collector.read(self._ordered(), in_graph.buffers(state)))
+        self._settler.settle(NEVER)
+        self._rewake()
+        return tuple(one for one in self.ledger.records[known:] if one.event in ("settled", "refused"))
 
     def programs(self, name: str) -> list[Program]:
         """What a hook has compiled: one entry per shape, dtype and placement of leaves, see `passes.Program`.
@@ -235,7 +308,11 @@ class SurgeryHooks(HookSet):
         return [passes.describe() for programs in by_static for passes in programs.compiled.values()]
 
     def flush(self) -> None:
-        """Reads the figures of all fires now, which waits for the device, and flushes the writer."""
+        """Reads the figures of all fires now, which waits for the device, and flushes the writer.
+
+        Of fires in graph those at which the hooks were called; `collect` reads the others.
+        """
+        self._gather(self._collector.ripe(self._ordered(), NEVER))
         self._settler.flush()
         self._rewake()
 
@@ -259,12 +336,15 @@ class SurgeryHooks(HookSet):
         if first:
             self._start(step, state)
         self._check_all(state, inputs)
+        self._gather(self._collector.ripe(self._ordered(), step))
         self._settler.settle(step)
         fired: list[Fired] = []
         counts = dict(self._counts)
         try:
             due = [(hook, tuple(hook.when.due_steps(self._last, step))) for hook in self._ordered()]
             due = [(hook, steps) for hook, steps in due if steps]
+            self._collector.note(state, [hook.name for hook, _ in due if hook.name in self._collector.traced], step)
+            due = [(hook, steps) for hook, steps in due if hook.name not in self._collector.traced]
             for hook, steps in due:
                 donate = self.donate if hook is due[-1][0] else "never"
                 passed = self._passed(hook, steps, step)
@@ -283,12 +363,18 @@ class SurgeryHooks(HookSet):
     def _start(self, step: int, state: Any) -> None:
         """The first call: compares `step` with the state's own, and takes due steps before it as passed."""
         check_first_step(step, state)
+        self._begin(step)
         self._last = step - 1
+        for hook in self._ordered():
+            if hook.name not in self._collector.traced:
+                fires.note_missed(self.ledger, hook.name, hook.when, step - 1)
+
+    def _begin(self, step: int) -> None:
+        """Writes that a session of hooks begins."""
         self._started = True
+        self._last = step
         self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
         self._settler.started(self.hparams())
-        for hook in self._ordered():
-            fires.note_missed(self.ledger, hook.name, hook.when, step - 1)
 
     def _check_all(self, state: Any, inputs: dict[str, Any]) -> None:
         """Checks the hooks that have not been checked, on this state and on the shapes it will have."""
@@ -338,12 +424,31 @@ class SurgeryHooks(HookSet):
             seconds = time.perf_counter() - start
             record = replace(fired.record, hook=hook.name, step=step, passed=passed, seconds=seconds)
             if fired.reshaped:
-                state = memory.fitted(state, self._named(), self.seed, anew=True)
+                state = self._refitted(state)
                 state = hook.reshape.finish(state, record)
                 self._unchecked.update(name for name, other in self._hooks.items() if other.when.next_step(step))
         if commit:
             self._counts[hook.name, step] = count + 1
         return state, replace(fired, record=record)
+
+    def _refitted(self, state: Any) -> Any:
+        """The state with room for memory and figures as its new shapes need it."""
+        before = state
+        state = memory.fitted(state, self._named(), self.seed, anew=True)
+        held = in_graph.buffers(before)
+        if held:
+            self._gather(self._collector.read(self._ordered(), held))
+            capacity = next(iter(held.values()))["steps"].shape[0]
+            state = in_graph.fitted(state, self._graphable(), capacity, self.mirrors, anew=True)
+            self._collector.renewed(before, state)
+        return state
+
+    def _graphable(self) -> list[Hook]:
+        return [hook for hook in self._ordered() if in_graph.why_on_host(hook) is None]
+
+    def _gather(self, fired: list[Fired]) -> None:
+        for one in fired:
+            self._settler.fired(one)
 
     def _compiled(self, hook: Hook, operation: Operation) -> Programs:
         by_static = self._programs[hook.name]
@@ -352,8 +457,7 @@ class SurgeryHooks(HookSet):
         return by_static[operation.static]
 
     def _record(self, fired: list[Fired]) -> None:
-        for one in fired:
-            self._settler.fired(one)
+        self._gather(fired)
         self._rewake()
 
     def _passed(self, hook: Hook, due: tuple[int, ...], step: int) -> tuple[int, ...]:
@@ -375,4 +479,4 @@ class SurgeryHooks(HookSet):
             return
         due = (hook.when.next_step(self._last) for hook in self._hooks.values())
         far = FAR if self._last < FAR else NEVER
-        self._wake = min([far, self._settler.wake, *(step for step in due if step is not None)])
+        self._wake = min([far, self._settler.wake, self._collector.wake, *(step for step in due if step is not None)])

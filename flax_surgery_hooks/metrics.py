@@ -138,6 +138,9 @@ def combine(changes: Iterable[Change]) -> Change:
     return Change.empty() if result is None else result
 
 
+FIELDS = len(Change.__dataclass_fields__)
+"""How many numbers a `Change` is."""
+
 COLUMNS = ("elements", "norm_before", "norm_after", "relative_change", "changed", "fresh", "sparsity")
 """What `table_of` tells of each leaf."""
 

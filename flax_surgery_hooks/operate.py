@@ -287,7 +287,7 @@ def _run_traced(
     """`run` inside a trace: one graph, whose rules are chosen on random values of the same shapes."""
     step = jnp.asarray(step, jnp.int32)
     fires = [fire_for(unit, key, step, inputs, one.memory) for unit, one in zip(plan, arrays, strict=True)]
-    in_place = tuple(map(functools.partial(_examine_abstractly, operation), plan, arrays, fires))
+    in_place = tuple(map(functools.partial(examine_abstractly, operation), plan, arrays, fires))
     edited = [
         perform(operation, unit, one.params, one.slots, fire, in_place=stays)
         for unit, one, fire, stays in zip(plan, arrays, fires, in_place, strict=True)
@@ -313,7 +313,8 @@ def run_abstractly(operation: Operation, plan: Sequence[Unit], *given: Any) -> O
     return jax.eval_shape(arrays_only, *given)._replace(in_place=in_place[0])
 
 
-def _examine_abstractly(operation: Operation, unit: Unit, arrays: Arrays, fire: Fire) -> bool:
+def examine_abstractly(operation: Operation, unit: Unit, arrays: Arrays, fire: Fire) -> bool:
+    """`examine` on random values in the place of traced or abstract ones; False where no slot follows the edit."""
     if not follows(operation, unit):
         return False
     with jax.ensure_compile_time_eval():

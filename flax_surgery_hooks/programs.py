@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_surgery_hooks.calling import check_memory
 from flax_surgery_hooks.errors import StructureError, SurgeryError
@@ -145,9 +146,8 @@ class Programs:
             in_place = False
             if follows(self.operation, common):
                 in_place = examine(self.operation, common, placed.params, fire._replace(memory=placed.memory))
-            edited = jax.eval_shape(functools.partial(self._edit, common, in_place), placed, fire)
-            self._reshapes |= self._check_shapes(common, arrays, edited, may_reshape)
-        after = Arrays(edited.params, edited.slots, edited.memory)
+            after, reshapes = foreseen(self.operation, common, in_place, placed, fire, may_reshape=may_reshape)
+            self._reshapes |= reshapes
         self._signatures[key] = Signature(common, in_place, after)
         return self._signatures[key]
 
@@ -189,56 +189,73 @@ class Programs:
     def _passes(self, signature: Signature, unit: Unit, arrays: Arrays, placed: Arrays) -> Passes:
         places = _out_shardings(unit, arrays, signature.after)
         lie = _places(placed, signature.after, places)
-        first = jax.jit(functools.partial(self._measure, signature.common, signature.in_place, lie))
-        edit = functools.partial(self._guarded, signature.common, signature.in_place, lie)
+        known = (self.operation, signature.common, signature.in_place, lie)
+        first, edit = functools.partial(measuring, *known), functools.partial(editing, *known)
+        everywhere: Any = Measured(_everywhere(placed), None)  # type: ignore[arg-type]
+        measure = jax.jit(first, out_shardings=everywhere)
         second, donating = (jax.jit(edit, out_shardings=places, donate_argnums=which) for which in ((), 0))
-        return Passes(first, second, donating, placed, signature.after, signature.in_place)
+        return Passes(measure, second, donating, placed, signature.after, signature.in_place)
 
-    def _edit(self, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any = None) -> Edited:
-        fire = fire._replace(memory=arrays.memory)
-        return perform(self.operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds)
 
-    def _measure(self, unit: Unit, in_place: bool, lie: Places, arrays: Arrays, fire: Fire) -> Measured:
-        with across(lie):
-            edited = self._edit(unit, in_place, arrays, fire)
-        return Measured(rows_of(edited), edited.seeds)
+def foreseen(
+    operation: Operation, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, *, may_reshape: bool
+) -> tuple[Arrays, bool]:
+    """The shapes of what an edit makes of a unit, and whether shapes or paths change.
 
-    def _guarded(
-        self, unit: Unit, in_place: bool, lie: Places, arrays: Arrays, fire: Fire, seeds: Any, ok: Any
-    ) -> Arrays:
-        with across(lie):
-            edited = self._edit(unit, in_place, arrays, fire, seeds)
-        new = Arrays(edited.params, edited.slots, edited.memory)
-        return new if ok is None else choose(ok, new, arrays)
+    Raises:
+      StructureError: they do, and may not.
+    """
+    edited = jax.eval_shape(functools.partial(edit_unit, operation, unit, in_place), arrays, fire)
+    write = "apply_fn= for the new shapes, and on_reshape= for what the trainer has to rebuild"
+    name = operation.edit.name
+    changed = [
+        (path, np.shape(old), new.shape)
+        for path, old, new in zip(unit.paths, arrays.params, edited.params, strict=unit.other is None)
+        if np.shape(old) != new.shape and unit.other is None
+    ]
+    if unit.other is not None and not may_reshape:
+        raise StructureError(
+            f"The surgery {name} adds or removes leaves, and the hook brings nothing for that.",
+            found=unit.difference(),
+            write=write,
+        )
+    if changed and not may_reshape:
+        path, old, new = changed[0]
+        raise StructureError(
+            f"The surgery {name} changes the shape of a leaf, and the hook brings nothing for that.",
+            path=path,
+            found=f"{list(old)} -> {list(new)}",
+            write=write,
+        )
+    reshapes = bool(changed) or unit.other is not None
+    if not reshapes:
+        check_memory(name, arrays.memory, edited.memory)
+    return Arrays(edited.params, edited.slots, edited.memory), reshapes
 
-    def _check_shapes(self, unit: Unit, arrays: Arrays, edited: Edited, may_reshape: bool) -> bool:
-        """Whether the edit changes shapes or paths; raises if it does and may not."""
-        write = "apply_fn= for the new shapes, and on_reshape= for what the trainer has to rebuild"
-        name = self.operation.edit.name
-        if unit.other is not None:
-            if not may_reshape:
-                raise StructureError(
-                    f"The surgery {name} adds or removes leaves, and the hook brings nothing for that.",
-                    found=unit.difference(),
-                    write=write,
-                )
-            return True
-        changed = [
-            (path, np.shape(old), new.shape)
-            for path, old, new in zip(unit.paths, arrays.params, edited.params, strict=True)
-            if np.shape(old) != new.shape
-        ]
-        if changed and not may_reshape:
-            path, old, new = changed[0]
-            raise StructureError(
-                f"The surgery {name} changes the shape of a leaf, and the hook brings nothing for that.",
-                path=path,
-                found=f"{list(old)} -> {list(new)}",
-                write=write,
-            )
-        if not changed:
-            check_memory(name, arrays.memory, edited.memory)
-        return bool(changed)
+
+def edit_unit(
+    operation: Operation, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any = None
+) -> Edited:
+    """`perform`, with what the surgery remembers taken from the arrays."""
+    fire = fire._replace(memory=arrays.memory)
+    return perform(operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds)
+
+
+def measuring(operation: Operation, unit: Unit, in_place: bool, lie: Places, arrays: Arrays, fire: Fire) -> Measured:
+    """The first pass over a unit whose arrays lie so."""
+    with across(lie):
+        edited = edit_unit(operation, unit, in_place, arrays, fire)
+    return Measured(rows_of(edited), edited.seeds)
+
+
+def editing(
+    operation: Operation, unit: Unit, in_place: bool, lie: Places, arrays: Arrays, fire: Fire, seeds: Any, ok: Any
+) -> Arrays:
+    """The second pass: the new values, or where `ok` is False the old ones; None applies the edit in any case."""
+    with across(lie):
+        edited = edit_unit(operation, unit, in_place, arrays, fire, seeds)
+    new = Arrays(edited.params, edited.slots, edited.memory)
+    return new if ok is None else choose(ok, new, arrays)
 
 
 def _generic(unit: Unit) -> Unit:
@@ -259,6 +276,13 @@ def _out_shardings(unit: Unit, arrays: Arrays, after: Arrays) -> Arrays:
         tuple(map(place, slots, after.slots)),
         jax.tree.map(place, arrays.memory, after.memory),
     )
+
+
+def _everywhere(arrays: Arrays) -> NamedSharding | None:
+    """Where figures go, so that every process can read them: to all devices of the leaves' mesh."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array) and leaf.committed]
+    mesh = next((one.mesh for one in shardings if isinstance(one, NamedSharding)), None)
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def _places(before: Arrays, after: Arrays, shardings: Arrays) -> Places:

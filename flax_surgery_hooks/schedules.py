@@ -32,6 +32,11 @@ class Schedule(abc.ABC):
     equality and hash by value; everything else follows.
     """
 
+    @property
+    def traceable(self) -> bool:
+        """Whether `is_due` answers inside `jax.jit`, so that hooks can fire in graph."""
+        return True
+
     @abc.abstractmethod
     def _next(self, step: int) -> int | None:
         """`next_step` of a step that is known to be an int."""
@@ -233,6 +238,11 @@ class AnyOf(Schedule):
     """Due when any of its parts is; made by `|`. The order of the parts is only how it is shown."""
 
     parts: tuple[Schedule, ...]
+
+    @property
+    def traceable(self) -> bool:
+        """Whether `is_due` of every part answers inside `jax.jit`."""
+        return all(part.traceable for part in self.parts)
 
     def _next(self, step: int) -> int | None:
         return min((due for part in self.parts if (due := part._next(step)) is not None), default=None)

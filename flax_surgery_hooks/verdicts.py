@@ -48,6 +48,11 @@ def judge(units: Sequence[jax.Array]) -> Verdict:
 _judge_jitted = jax.jit(judge)
 
 
+def judged(units: Sequence[Any]) -> Verdict:
+    """`judge` of the units of a fire as the host has read them, by the program that judges fires on the host."""
+    return _judge_jitted(list(map(jnp.asarray, units)))
+
+
 def verdict(units: Sequence[jax.Array]) -> Verdict:
     """`judge` of the units of a fire, on their device; read by the host if they live on different ones."""
     if len({frozenset(rows.devices()) for rows in units}) > 1:

@@ -1,0 +1,99 @@
+"""What the host knows of fires in graph: which hooks fire there, and their figures, read some steps after the fire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from flax_surgery_hooks import checks, in_graph
+from flax_surgery_hooks.registration import Hook
+from flax_surgery_hooks.settling import NEVER, Fired
+
+
+@dataclass
+class Collector:
+    """The fires in graph of one `SurgeryHooks`.
+
+    Attributes:
+      after: how many steps after a fire its figures are read.
+      traced: hook -> what all its fires have in common, for those that some compiled step fires.
+      lying: where the leaves of the state lie, as `init` saw them.
+    """
+
+    after: int
+    traced: dict[str, in_graph.About] = field(default_factory=dict)
+    lying: in_graph.Lying = field(default_factory=in_graph.Lying)
+    _seen: dict[str, int] = field(default_factory=dict)
+    _last: dict[str, int] = field(default_factory=dict)
+    _waiting: list[tuple[int, Any]] = field(default_factory=list)
+
+    @property
+    def wake(self) -> int:
+        """The step at which the oldest waiting buffer wants to be read, `NEVER` if none waits."""
+        return min((step + self.after for step, _ in self._waiting), default=NEVER)
+
+    def begin(self, state: Any) -> None:
+        """Takes the fires that the state has seen so far as recorded; waits for the device if it has values."""
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state.params)):
+            self.lying = in_graph.Lying.of(state)
+        if checks.concrete(state):
+            counts = {name: buffer["count"] for name, buffer in in_graph.buffers(state).items()}
+            self._seen = {name: int(count) for name, count in jax.device_get(counts).items()}
+
+    def note(self, state: Any, names: Iterable[str], step: int) -> None:
+        """Keeps copies of the buffers of hooks that were due, as the next train step may take the state's own."""
+        held = in_graph.buffers(state)
+        due = {name: held[name] for name in names if name in held}
+        if due:
+            self._waiting.append((step, jax.tree.map(jnp.copy, due)))
+
+    def ripe(self, hooks: Sequence[Hook], step: int) -> list[Fired]:
+        """The fires whose buffers have waited long enough at this step, in the order in which they happened."""
+        ready = [one for one in self._waiting if one[0] + self.after <= step]
+        self._waiting = [one for one in self._waiting if one[0] + self.after > step]
+        return [fired for _, held in ready for fired in self.read(hooks, held)]
+
+    def read(self, hooks: Sequence[Hook], held: Mapping[str, Any]) -> list[Fired]:
+        """The fires in these buffers that have not been read yet; waits for the device."""
+        buffers = jax.device_get(dict(held))
+        found = []
+        for order, hook in enumerate(hooks):
+            if hook.name in buffers and hook.name in self.traced:
+                found += [(order, one) for one in self._new(hook, buffers[hook.name])]
+        return [one for _, one in sorted(found, key=lambda pair: (pair[1].record.step, pair[0]))]
+
+    def renewed(self, old: Any, new: Any) -> None:
+        """Takes note that a state has other buffers, as after a fire that changed shapes."""
+        before, after = in_graph.buffers(old), in_graph.buffers(new)
+        for name in after:
+            if before.get(name) is not after[name]:
+                self._seen[name] = 0
+
+    def _new(self, hook: Hook, buffer: Mapping[str, Any]) -> list[Fired]:
+        count, capacity = int(buffer["count"]), len(buffer["steps"])
+        first = max(self._seen.get(hook.name, 0), count - capacity)
+        kept = [(int(buffer["steps"][i % capacity]), buffer["rows"][i % capacity]) for i in range(first, count)]
+        lost = self._lost(hook, first - self._seen.get(hook.name, 0), kept)
+        self._seen[hook.name] = max(count, self._seen.get(hook.name, 0))
+        if kept:
+            self._last[hook.name] = kept[-1][0]
+        return [*lost, *(self.traced[hook.name].fired(step, rows) for step, rows in kept)]
+
+    def _lost(self, hook: Hook, number: int, kept: Sequence[tuple[int, Any]]) -> list[Fired]:
+        """Fires whose figures others have taken the place of; the schedule knows their steps."""
+        if number <= 0:
+            return []
+        logging.warning(
+            "Hook %s fired %d times more between two collects than the state has room for; the figures of these fires "
+            "are lost. Write hooks.init(state, fires=%d), or collect more often.",
+            hook.name,
+            number,
+            number + len(kept),
+        )
+        due = hook.when.due_steps(self._last.get(hook.name, -1), kept[0][0] - 1)
+        return [self.traced[hook.name].without_figures(step) for step in list(due)[-number:]]

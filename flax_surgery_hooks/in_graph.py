@@ -1,0 +1,377 @@
+"""Fires inside a jitted step or a scan: under `lax.cond`, over the leaves that they touch and no others.
+
+A fire in graph does what one on the host does, in the same two passes and with the same keys. Its figures wait in the
+state, in `surgery["fires"][hook]`, until the host reads them:
+
+    count: int32, how many fires of the hook there have been.
+    steps: int32 [capacity], what `state.step` was at each of the last ones; the i-th fire is at i % capacity.
+    rows: float32 [capacity, rows, fields], their figures, see `verdicts.rows_of`; no rows if nothing is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+
+from flax_surgery_hooks import fires, memory
+from flax_surgery_hooks.committing import commit, restarts_at
+from flax_surgery_hooks.errors import HookError, StateError, located
+from flax_surgery_hooks.ledger import Record
+from flax_surgery_hooks.metrics import FIELDS
+from flax_surgery_hooks.mirrors import Mirrors, original, view
+from flax_surgery_hooks.operate import Outcome, bind_inputs, examine_abstractly, needs_key, record_of
+from flax_surgery_hooks.operation import Operation, Unit, fire_for, units
+from flax_surgery_hooks.paths import listed
+from flax_surgery_hooks.placement import like_neighbours
+from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
+from flax_surgery_hooks.programs import Arrays, editing, foreseen, measuring
+from flax_surgery_hooks.reductions import Places, places_of
+from flax_surgery_hooks.registration import Hook
+from flax_surgery_hooks.settling import Fired
+from flax_surgery_hooks.surgery import path_hash
+from flax_surgery_hooks.train_state import Parts, put_back, take_apart
+from flax_surgery_hooks.verdicts import judge, judged
+
+
+def why_on_host(hook: Hook) -> str | None:
+    """What keeps a hook out of the graph, or None."""
+    if hook.reshape.declared or hook.operation.edit.edit_optimizer is not None:
+        return "it may change the structure of the state"
+    if hook.operation.histograms:
+        return "its histograms need the elements of its leaves"
+    return None if hook.when.traceable else "its schedule is decided on the host"
+
+
+def measures(operation: Operation) -> bool:
+    """Whether a fire has figures, or a guard that needs some of them."""
+    return operation.figures or operation.guard != "off"
+
+
+def fitted(state: Any, hooks: Sequence[Hook], capacity: int, mirrors: Mirrors, *, anew: bool = False) -> Any:
+    """The state with room for the figures of fires in graph; what fits already is kept.
+
+    Args:
+      state: concrete, abstract or traced.
+      hooks: those that can fire in graph.
+      capacity: how many fires of each there is room for.
+      mirrors: fields of the state that mirror the parameters.
+      anew: whether what does not fit is made anew.
+
+    Raises:
+      StateError: the state holds buffers that do not fit.
+    """
+    if not hooks or not capacity or not hasattr(state, "surgery"):
+        return state
+    held = buffers(state)
+    made = {}
+    for hook in hooks:
+        with located(hook=hook.name):
+            shapes = _shapes(view(state, mirrors, hook.operation.fields), hook.operation, capacity)
+            made[hook.name] = _made(state, held.get(hook.name), shapes, anew)
+    return state.replace(surgery={**(state.surgery or {}), "fires": made})
+
+
+def buffers(state: Any) -> dict[str, Any]:
+    """Hook -> its buffer; empty where there are none."""
+    surgery = getattr(state, "surgery", None)
+    return dict(surgery.get("fires", {})) if isinstance(surgery, Mapping) else {}
+
+
+def _shapes(state: Any, operation: Operation, capacity: int) -> dict[str, jax.ShapeDtypeStruct]:
+    plan = units(operation, take_apart(state).params, {})
+    rows = sum(len(unit.paths) + 2 for unit in plan) if measures(operation) else 0
+    return {
+        "count": jax.ShapeDtypeStruct((), jnp.int32),
+        "steps": jax.ShapeDtypeStruct((capacity,), jnp.int32),
+        "rows": jax.ShapeDtypeStruct((capacity, rows, FIELDS), jnp.float32),
+    }
+
+
+def _made(state: Any, kept: Any, shapes: dict[str, jax.ShapeDtypeStruct], anew: bool) -> Any:
+    if kept is not None:
+        found = {name: jnp.shape(leaf) for name, leaf in kept.items()}
+        if found == {name: leaf.shape for name, leaf in shapes.items()}:
+            return kept
+        if not anew:
+            raise StateError(
+                "The state's room for figures of fires does not fit the hook.",
+                found=str(found),
+                write="the selection and fires= with which it was saved, or a state whose `surgery` has no 'fires'",
+            )
+    leaves = jax.tree.leaves(state.params)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return shapes
+    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return zeros
+    return {name: like_neighbours(leaves, leaf) for name, leaf in zeros.items()}
+
+
+class About(NamedTuple):
+    """What all fires of a hook have in common.
+
+    Attributes:
+      record: of a fire, without step and figures.
+      rows: how many rows of figures each unit has.
+      figures: whether they are told.
+      guarded: whether a guard looks at them.
+    """
+
+    record: Record
+    rows: tuple[int, ...]
+    figures: bool
+    guarded: bool
+
+    def fired(self, step: int, rows: Any) -> Fired:
+        """A fire at a step, with the rows that waited in the buffer."""
+        if not len(rows):
+            return self.without_figures(step)
+        ends = list(itertools.accumulate(self.rows))
+        verdict = judged([rows[end - size : end] for end, size in zip(ends, self.rows, strict=True)])
+        figures, leaves = (verdict.figures, verdict.leaves) if self.figures else ({}, None)
+        return Fired(replace(self.record, step=step), figures, leaves, ok=verdict.ok if self.guarded else None)
+
+    def without_figures(self, step: int) -> Fired:
+        """A fire that measured nothing, or whose figures are lost."""
+        return Fired(replace(self.record, step=step), {})
+
+
+class Lying(NamedTuple):
+    """Where the leaves of a state lie, in the order of its flattened trees; None where that is not known."""
+
+    params: tuple[Any, ...] = ()
+    opt_leaves: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, state: Any) -> Lying:
+        """Of a concrete state, or an abstract one that says."""
+        params, opt_state = jax.tree.leaves(state.params), jax.tree.leaves(state.opt_state)
+        return cls(*(tuple(getattr(leaf, "sharding", None) for leaf in leaves) for leaves in (params, opt_state)))
+
+
+class _Touched(NamedTuple):
+    """The leaves of a state that a fire edits, and its buffer."""
+
+    params: dict[int, Any]
+    opt_leaves: dict[int, Any]
+    memory: Any
+    buffer: Any
+
+
+def fire(
+    state: Any, hook: Hook, seed: int, inputs: Mapping[str, Any], mirrors: Mirrors, lying: Lying
+) -> tuple[Any, About]:
+    """The state after a hook's fire, if `state.step` is due, and what is known of the fire; for inside a trace.
+
+    Args:
+      state: the train state, with a buffer for the hook.
+      hook: one that `why_on_host` lets in.
+      seed: the seed of the hooks' keys.
+      inputs: the trainer's.
+      mirrors: fields of the state that mirror the parameters.
+      lying: where the leaves lie; what is not known of it costs gathers of partial sums.
+
+    Raises:
+      SurgeryError: whatever a fire on leaves of these shapes would raise; StructureError if shapes change.
+    """
+    with located(hook=hook.name):
+        held = view(state, mirrors, hook.operation.fields)
+        run = _Run(held, hook, seed, inputs, lying if held is state else Lying())
+        due = hook.when.is_due(run.step)
+        new = jax.lax.cond(due, run.branch, lambda touched: touched, run.touched)
+        return original(run.with_touched(new)), run.about()
+
+
+class _Run:
+    """One hook on one traced state."""
+
+    def __init__(self, state: Any, hook: Hook, seed: int, inputs: Mapping[str, Any], lying: Lying):
+        self._state, self._hook, self._seed = state, hook, seed
+        self._operation, self._inputs = bind_inputs(hook.operation, inputs)
+        self._parts = take_apart(state)
+        self.step = jnp.asarray(_step_of(state), jnp.int32)
+        remembered = memory.held(state, hook.name, self._operation)
+        key = jax.random.key(0, impl="threefry2x32") if needs_key(self._operation) else None
+        self._plan = plan_units(self._operation, self._parts, key, self._inputs, remembered)
+        self._lie = [_places(unit, self._parts, lying) for unit in self._plan]
+        arrays = self._arrays(self._parts, remembered)
+        given = [fire_for(unit, key, self.step, self._inputs, one.memory) for unit, one in self._pairs(arrays)]
+        self._in_place = [
+            examine_abstractly(self._operation, unit, one, fire)
+            for (unit, one), fire in zip(self._pairs(arrays), given, strict=True)
+        ]
+        self._after = [
+            foreseen(self._operation, unit, stays, one, fire, may_reshape=False)[0]
+            for (unit, one), fire, stays in zip(self._pairs(arrays), given, self._in_place, strict=True)
+        ]
+        self.touched = self._touched(arrays, remembered)
+
+    def _pairs(self, arrays: Sequence[Arrays]) -> Any:
+        return zip(self._plan, arrays, strict=True)
+
+    def _arrays(self, parts: Parts, remembered: Any) -> list[Arrays]:
+        return [arrays_of(unit, parts, fire_memory(self._operation, unit, remembered)) for unit in self._plan]
+
+    def _touched(self, arrays: Sequence[Arrays], remembered: Any) -> _Touched:
+        places = [place for unit in self._plan for place in unit.places]
+        indices = {slot.index for unit in self._plan for slot in unit.slots}
+        indices |= restarts_at(self._operation, self._parts, self._plan)
+        return _Touched(
+            {place: self._parts.params.values[place] for place in places},
+            {index: self._parts.opt_leaves[index] for index in sorted(indices)},
+            remembered if self._operation.edit.takes("memory") else (),
+            buffers(self._state)[self._hook.name],
+        )
+
+    def about(self) -> About:
+        """What all fires have in common."""
+        operation = self._operation
+        outcome = Outcome(self._after, {}, None, None, tuple(self._in_place))
+        record = record_of(operation, self._plan, outcome, hook=self._hook.name)
+        rows = tuple(len(unit.paths) + 2 for unit in self._plan)
+        return About(record, rows, operation.figures, operation.guard != "off")
+
+    def with_touched(self, touched: _Touched) -> Any:
+        """The state with these leaves."""
+        state = put_back(self._state, self._parts, touched.params, touched.opt_leaves)
+        if self._operation.edit.takes("memory"):
+            state = memory.put(state, self._hook.name, touched.memory)
+        everything = {**buffers(state), self._hook.name: touched.buffer}
+        return state.replace(surgery={**(state.surgery or {}), "fires": everything})
+
+    def branch(self, touched: _Touched) -> _Touched:
+        """`apply`, under Auto axes: sort, gather and scatter raise on Explicit ones."""
+        shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, touched)
+        explicit = {
+            name
+            for one in jax.tree.leaves(shardings)
+            for name, kind in zip(one.mesh.axis_names, one.mesh.axis_types, strict=True)
+            if kind == AxisType.Explicit
+        }
+        apply = self._apply
+        if explicit:
+            apply = jax.sharding.auto_axes(apply, axes=tuple(sorted(explicit)), out_sharding=shardings)
+        return apply(touched, self.step, self._inputs)
+
+    def _apply(self, touched: _Touched, step: Any, inputs: dict[str, Any]) -> _Touched:
+        """The leaves after the fire."""
+        operation = self._operation
+        parts = take_apart(put_back(self._state, self._parts, touched.params, touched.opt_leaves))
+        remembered = touched.memory if operation.edit.takes("memory") else ()
+        arrays = self._arrays(parts, remembered)
+        key = fires.folded(self._seed, path_hash(self._hook.name), step, 0) if needs_key(operation) else None
+        given = [fire_for(unit, key, step, inputs, one.memory) for unit, one in self._pairs(arrays)]
+        known = list(zip(self._plan, self._in_place, self._lie, strict=True))
+        ok: Any = None
+        rows: Any = None
+        seeds: list[Any] = [None] * len(known)
+        if measures(operation):
+            first = [
+                measuring(operation, *one, values, fire) for one, values, fire in zip(known, arrays, given, strict=True)
+            ]
+            ok = judge([each.changes for each in first]).ok if operation.guard != "off" else None
+            rows, seeds = jnp.concatenate([each.changes for each in first]), [each.seeds for each in first]
+            # Without this XLA would see that both passes make the same values, and keep these in between.
+            arrays, ok, seeds = jax.lax.optimization_barrier((arrays, ok, seeds))
+        new = [
+            editing(operation, *one, values, fire, seed, ok)
+            for one, values, fire, seed in zip(known, arrays, given, seeds, strict=True)
+        ]
+        after = commit(operation, self._state, parts, self._plan, new, ok)
+        return self._read(take_apart(after), touched, new, step, rows)
+
+    def _read(self, after: Parts, touched: _Touched, new: Sequence[Arrays], step: Any, rows: Any) -> _Touched:
+        remembered = touched.memory
+        if self._operation.edit.takes("memory"):
+            remembered = fires.remembered_by(self._operation, self._plan, new)
+        return _Touched(
+            {place: after.params.values[place] for place in touched.params},
+            {index: after.opt_leaves[index] for index in touched.opt_leaves},
+            remembered,
+            _noted(touched.buffer, step, rows),
+        )
+
+
+def _noted(buffer: Any, step: Any, rows: Any) -> Any:
+    """The buffer with one more fire, in the place of the oldest."""
+    at = buffer["count"] % buffer["steps"].shape[0]
+    kept = buffer["rows"] if rows is None else buffer["rows"].at[at].set(rows)
+    return {"count": buffer["count"] + 1, "steps": buffer["steps"].at[at].set(step), "rows": kept}
+
+
+def _step_of(state: Any) -> Any:
+    step = getattr(state, "step", None)
+    if step is None:
+        raise StateError(
+            "Hooks that fire in graph look at `state.step`, and the state has none.",
+            found=type(state).__name__,
+            write="fsh.bind(..., step=step), or hooks.observe(state) in the step and hooks(step, state) after it",
+        )
+    return step
+
+
+def _places(unit: Unit, parts: Parts, lying: Lying) -> Places:
+    """Where the arrays of a unit lie: as their types tell under Explicit axes, else as was seen of the state."""
+    known = [(lying.params, parts.params.values, unit.places)]
+    known.append((lying.opt_leaves, parts.opt_leaves, tuple(slot.index for slot in unit.slots if slot.offset is None)))
+    found = []
+    for seen, leaves, places in known:
+        fits = len(seen) == len(leaves)
+        found += [
+            (jnp.shape(leaves[place]), _sharding(leaves[place], seen[place] if fits else None)) for place in places
+        ]
+    return places_of(found)
+
+
+def _sharding(leaf: Any, seen: Any) -> Any:
+    if isinstance(seen, NamedSharding):
+        return seen
+    typed = getattr(jax.typeof(leaf), "sharding", None)
+    explicit = isinstance(typed, NamedSharding) and AxisType.Explicit in typed.mesh.axis_types
+    return typed if explicit else None
+
+
+def check_ready(state: Any, hooks: Sequence[Hook]) -> None:
+    """Raises unless the state has room for the figures of these hooks.
+
+    Raises:
+      StateError: it has not.
+      HookError: there is no hook that could fire or observe.
+    """
+    held = buffers(state)
+    missing = [hook.name for hook in hooks if hook.name not in held]
+    if missing and not hasattr(state, "surgery"):
+        raise StateError(
+            "Hooks that fire in graph keep their figures in the state, which has no `surgery` field.",
+            hook=missing[0],
+            found=type(state).__name__,
+            write="fsh.TrainState, or a field `surgery: Any = None` on your own; hooks.observe(state) fires nothing",
+        )
+    if missing:
+        raise StateError(
+            "Hooks that fire in graph keep their figures in the state, which has no room for them yet.",
+            hook=missing[0],
+            found=f"room for {listed(held) or 'no hook'}",
+            write="state = hooks.init(state), once all hooks are added, before the first train step; "
+            "hooks.observe(state) fires nothing",
+        )
+
+
+def check_not_empty(hooks: Sequence[Hook], observes: bool) -> None:
+    """Raises if there is nothing that `in_graph` could do.
+
+    Raises:
+      HookError: that is so.
+    """
+    if hooks and not observes and all(map(why_on_host, hooks)):
+        raise HookError(
+            "None of the hooks can fire in graph.",
+            found="; ".join(f"{hook.name}: {why_on_host(hook)}" for hook in hooks),
+            write="state = hooks(step, state) after each step",
+        )
