@@ -98,7 +98,7 @@ def main(picture: pathlib.Path | None = None) -> dict[str, float]:
             logits = state.apply_fn({"params": params}, pixels)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        return hooks.in_graph(state.apply_gradients(grads=jax.grad(loss)(state.params)))
+        return hooks.observe(state.apply_gradients(grads=jax.grad(loss)(state.params)))
 
     @jax.jit
     def held_out_loss(state: Any, params: Any) -> jax.Array:

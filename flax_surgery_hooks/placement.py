@@ -42,6 +42,9 @@ def as_before(old: Any, new: Any) -> Any:
 def like_neighbours(neighbours: Iterable[Any], new: Any) -> Any:
     """A leaf that was not there before, on the mesh of the leaves beside it, with that mesh's kind of axes."""
     sharding = beside(neighbours)
+    if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        # As a step returns it: Explicit axes name every dimension, and another spec would compile the next step anew.
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * np.ndim(new)))
     return new if sharding is None else jax.device_put(new, sharding)
 
 

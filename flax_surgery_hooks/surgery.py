@@ -35,7 +35,7 @@ class Surgery(Protocol):
         `key`. `hooks.init(state)` puts it into the train state. A `__call__` or `observe` that takes `memory` returns a
         pair of what it returns otherwise and the new memory, which has the structure, shapes and dtypes of the old one.
       `observe(leaf)`: what happens to the leaf and the memory at every step, inside the train step, by
-        `hooks.in_graph(state)`. Slots are left alone.
+        `hooks.observe(state)` or `hooks.in_graph(state)`. Slots are left alone.
       `fold_back(new_leaf)`: the linear map that says how a change of the new leaf folds back into the old one.
       `edit_slots(slots)`: the optimizer slots of the leaf after the edit, see `slot_edits`; it may take `leaf` too.
 
@@ -151,7 +151,7 @@ class Edit:
         return {name: given[name] for name in asked if name in given}
 
     def observed_inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the inputs of `hooks.in_graph` that `observe` asks for.
+        """Those of the inputs of `hooks.observe` that `observe` asks for.
 
         Raises:
           InputError: one that it needs is not there.
@@ -162,7 +162,7 @@ class Edit:
             raise InputError(
                 f"{self.observe.name} asks for {listed(missing)}, which the train step does not pass.",
                 found=f"inputs {listed(given) or 'none'}",
-                write=f"hooks.in_graph(state, {missing[0]}=...), or give the parameter a default",
+                write=f"hooks.observe(state, {missing[0]}=...), or give the parameter a default",
             )
         return self.observe.fill(given)
 

@@ -47,20 +47,20 @@ def with_hook(surgery: Any, params: str = "w") -> fsh.SurgeryHooks:
     return hooks
 
 
-def begun(surgery: Any, state: Any = PLAIN, step: str = "in_graph") -> Any:
+def begun(surgery: Any, state: Any = PLAIN, step: str = "observe") -> Any:
     """Initialises, then observes or fires."""
 
     def run() -> None:
         hooks = with_hook(surgery)
         held = hooks.init(state)
-        hooks.in_graph(held) if step == "in_graph" else hooks(1, held)
+        hooks.observe(held) if step == "observe" else hooks(1, held)
 
     return run
 
 
 def other_leaves() -> None:
     two = make_state(1, w=jnp.ones(2), v=jnp.ones(2))
-    with_hook(Remember(), "*").in_graph(with_hook(Remember()).init(two))
+    with_hook(Remember(), "*").observe(with_hook(Remember()).init(two))
 
 
 def holding(surgery: Any) -> Any:
@@ -84,9 +84,9 @@ CASES = {
         of_class(__call__=lambda self, leaves: leaves, observe=lambda self, leaves, path: leaves), FUNCTION,
         ("Odd.observe takes all leaves at once and asks for `path`", "the keys of `leaves`")),
     "observe_input": Case(
-        lambda: with_hook(type("Odd", (), {"__call__": lambda s, w: w, "observe": lambda s, w, loss: w})()).in_graph(
+        lambda: with_hook(type("Odd", (), {"__call__": lambda s, w: w, "observe": lambda s, w, loss: w})()).observe(
             PLAIN, metric=1), e.InputError,
-        ("Odd.observe asks for loss", "Found: inputs metric", "hooks.in_graph(state, loss=...)"), A),
+        ("Odd.observe asks for loss", "Found: inputs metric", "hooks.observe(state, loss=...)"), A),
     "memory_start_none": Case(begun(Remember(init=lambda leaf: None)), FUNCTION,
                               ("must return arrays", "Found: NoneType", "jnp.zeros_like(leaf)"), A),
     "memory_start_raises": Case(begun(Remember(init=fail)), e.UserCodeError, ("init_memory raised ValueError",), A),
@@ -105,7 +105,7 @@ CASES = {
                      ("no `surgery` field", "Found: SimpleNamespace", "fsh.TrainState, or a field"), A),
     "no_init": Case(lambda: with_hook(Remember())(1, PLAIN), STATE,
                     ("has no memory of it yet", "Found: memory of no hook", "state = hooks.init(state)"), A),
-    "no_init_in_graph": Case(lambda: with_hook(Remember()).in_graph(PLAIN), STATE, ("has no memory of it yet",), A),
+    "no_init_in_graph": Case(lambda: with_hook(Remember()).observe(PLAIN), STATE, ("has no memory of it yet",), A),
     "memory_of_others": Case(other_leaves, STATE, ("remembers nothing of this leaf", "memory of w", "hooks.init"),
                              A | {"path": "v"}),
     "foreign_field": Case(holding([1]), STATE, ("of another origin", "Found: list", "None, or what hooks.init"), A),

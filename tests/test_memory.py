@@ -79,7 +79,7 @@ def make_step(hooks: fsh.SurgeryHooks, **jit: Any) -> Any:
         def loss(params):
             return jnp.mean((state.apply_fn({"params": params}, BATCH) - 1) ** 2)
 
-        return hooks.in_graph(state.apply_gradients(grads=jax.grad(loss)(state.params)))
+        return hooks.observe(state.apply_gradients(grads=jax.grad(loss)(state.params)))
 
     return jax.jit(step, **jit)
 
@@ -163,14 +163,14 @@ def test_without_an_observe_the_same_state_comes_back():
     hooks = fsh.SurgeryHooks()
     hooks.add("halve", fsh.surgeries.Scale(0.5), params="**", when=fsh.every(2))
     state = make_state()
-    assert hooks.in_graph(state) is state
-    assert hooks.init(state) is state
+    assert hooks.observe(state) is state
+    assert hooks.init(state, fires=0) is state
 
 
 def test_leaves_that_are_not_observed_are_the_same_objects():
     hooks = averaging()
     state = hooks.init(make_state())
-    after = hooks.in_graph(state)
+    after = hooks.observe(state)
     assert all(a is b for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True))
     assert after.opt_state is state.opt_state
 
@@ -214,7 +214,7 @@ def test_short_floats_are_remembered_as_float32():
     hooks = averaging(fsh.at(0))
     state = hooks.init(make_state(dtype=jnp.bfloat16))
     assert remembered(state)["average"].dtype == jnp.float32
-    after = jax.jit(hooks.in_graph)(state)
+    after = jax.jit(hooks.observe)(state)
     assert remembered(after)["average"].dtype == jnp.float32
     assert hooks(0, after).params["Dense_0"]["kernel"].dtype == jnp.bfloat16
 
@@ -266,7 +266,7 @@ def test_what_an_observe_asks_for_comes_from_the_train_step():
     hooks.add("loudest", Loudest(), params="Dense_0/bias", when=fsh.at(9))
     state = hooks.init(make_state())
     for step, loss in ((1, 2.0), (2, 5.0), (3, 7.0)):
-        state = jax.jit(hooks.in_graph)(state.replace(step=jnp.int32(step)), loss=loss)
+        state = jax.jit(hooks.observe)(state.replace(step=jnp.int32(step)), loss=loss)
     assert remembered(state, "loudest", "Dense_0/bias") == 5.0
 
 
@@ -274,7 +274,7 @@ def test_loose_parts_keep_a_memory_beside_them():
     hooks, tx = averaging(fsh.at(1)), optax.adam(1e-2)
     params = make_state().params
     bound = hooks.init(fsh.bind(params=params, opt_state=tx.init(params), tx=tx))
-    surgery = hooks.in_graph(bound.replace(params=jax.tree.map(lambda x: x + 1, params))).surgery
+    surgery = hooks.observe(bound.replace(params=jax.tree.map(lambda x: x + 1, params))).surgery
     bound = hooks(1, fsh.bind(params=params, opt_state=tx.init(params), tx=tx, surgery=surgery))
     np.testing.assert_allclose(kernel(bound.params), kernel(params) + (1 - DECAY), rtol=1e-5)
 
@@ -290,7 +290,7 @@ def test_an_nnx_optimizer_keeps_a_memory_as_its_attribute():
     def step(model, optimizer):
         grads = nnx.grad(lambda model: jnp.mean((model(BATCH) - 1) ** 2))(model)
         optimizer.update(model, grads)
-        hooks.in_graph(fsh.bind_nnx(model, optimizer))
+        hooks.observe(fsh.bind_nnx(model, optimizer))
 
     expected = np.asarray(model.kernel[...])
     for i in range(1, 4):
