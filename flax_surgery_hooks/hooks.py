@@ -24,6 +24,7 @@ from flax_surgery_hooks.registration import Hook, find
 from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
 from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
 from flax_surgery_hooks.train_state import written
+from flax_surgery_hooks.watching import WATCHING, Watching
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -63,7 +64,7 @@ class SurgeryHooks(HookSet):
 
     # An idle call is two comparisons of integers; slots make reading these a quarter cheaper.
     __slots__ = (
-        "_counts", "_last", "_programs", "_settler", "_started", "_unchecked", "_wake",
+        "_counts", "_last", "_programs", "_settler", "_started", "_unchecked", "_wake", "_watching",
         "donate", "ledger", "mirrors", "seed", "strict_steps",
     )  # fmt: skip
 
@@ -101,6 +102,7 @@ class SurgeryHooks(HookSet):
         self._started = False
         self._last = -1
         self._wake = -1
+        self._watching = Watching()
 
     @classmethod
     def from_config(cls, config: Any, *, objects: Mapping[str, Any] | None = None, **kwargs: Any) -> SurgeryHooks:
@@ -124,6 +126,7 @@ class SurgeryHooks(HookSet):
     def _added(self, hook: Hook) -> None:
         self._programs[hook.name] = {}
         self._unchecked.add(hook.name)
+        self._watching.add(hook.name, hook.when)
         self._wake = -1  # look at the new hook at the next call
         if self._started:
             fires.note_missed(self.ledger, hook.name, hook.when, self._last)
@@ -131,6 +134,7 @@ class SurgeryHooks(HookSet):
     def _removed(self, name: str) -> None:
         del self._programs[name]
         self._unchecked.discard(name)
+        self._watching.remove(name)
         self._wake = -1
 
     def __call__(self, step: int, state: Any = None, **inputs: Any) -> Any:
@@ -155,6 +159,9 @@ class SurgeryHooks(HookSet):
                 return state
         except Exception:
             pass  # whatever cannot be compared is no step: `_attend` says so
+        if self._wake == WATCHING and self._watching.passes(step, self._last, inputs):
+            self._last = step
+            return state
         return self._attend(step, state, inputs)
 
     def fire(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Any:
@@ -259,12 +266,13 @@ class SurgeryHooks(HookSet):
         if first:
             self._start(step, state)
         self._check_all(state, inputs)
+        self._watching.look(step, inputs)
         self._settler.settle(step)
         fired: list[Fired] = []
         counts = dict(self._counts)
         try:
-            due = [(hook, tuple(hook.when.due_steps(self._last, step))) for hook in self._ordered()]
-            due = [(hook, steps) for hook, steps in due if steps]
+            due = [(hook, hook.planned_steps(self._last, step)) for hook in self._ordered()]
+            due = [(hook, steps) for hook, steps in due if steps or self._watching.triggers(hook.name)]
             for hook, steps in due:
                 donate = self.donate if hook is due[-1][0] else "never"
                 passed = self._passed(hook, steps, step)
@@ -275,6 +283,7 @@ class SurgeryHooks(HookSet):
             self._counts = counts  # nothing of this call happened: the caller keeps the state it passed
             raise
         self._last = step
+        self._watching.clear()
         self._record(fired)
         if first:
             self._wake = -1  # one call before the loop and one in it are two lines, so the second is looked at as well
@@ -336,11 +345,12 @@ class SurgeryHooks(HookSet):
             )
             state = original(held)
             seconds = time.perf_counter() - start
-            record = replace(fired.record, hook=hook.name, step=step, passed=passed, seconds=seconds)
+            triggers = self._watching.triggers(hook.name)
+            record = replace(fired.record, hook=hook.name, step=step, passed=passed, triggers=triggers, seconds=seconds)
             if fired.reshaped:
                 state = memory.fitted(state, self._named(), self.seed, anew=True)
                 state = hook.reshape.finish(state, record)
-                self._unchecked.update(name for name, other in self._hooks.items() if other.when.next_step(step))
+                self._unchecked.update(name for name, other in self._hooks.items() if other.next_possible(step))
         if commit:
             self._counts[hook.name, step] = count + 1
         return state, replace(fired, record=record)
@@ -373,6 +383,7 @@ class SurgeryHooks(HookSet):
         if not self._started or self._unchecked:
             self._wake = -1
             return
-        due = (hook.when.next_step(self._last) for hook in self._hooks.values())
+        due = (hook.next_planned(self._last) for hook in self._hooks.values())
         far = FAR if self._last < FAR else NEVER
-        self._wake = min([far, self._settler.wake, *(step for step in due if step is not None)])
+        wake = min([far, self._settler.wake, *(step for step in due if step is not None)])
+        self._wake = self._watching.held(wake)
