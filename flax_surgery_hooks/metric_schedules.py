@@ -162,9 +162,10 @@ class OnMetric(Watched):
             return *self._averaged(state.average, state.weight, value), not math.isfinite(value), None
         mean = state.mean
         limit = mean + (self.spike - 1) * abs(mean)
+        if not math.isfinite(value):
+            return state.average, state.weight, True, limit
         # A spike enters at its bound: one that is huge hides none after it, and a new level is one in the end.
-        average, weight = self._averaged(state.average, state.weight, limit if value > limit else value)
-        return average, weight, value > limit or not math.isfinite(value), limit
+        return *self._averaged(state.average, state.weight, min(value, limit)), value > limit, limit
 
     def _averaged(self, average: float, weight: float, value: float) -> tuple[float, float]:
         assert self.horizon is not None

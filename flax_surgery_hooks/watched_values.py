@@ -128,7 +128,8 @@ def taken(value: Any, path: str, *, integral: bool, where: Site) -> Any:
 
 
 def _is_real(dtype: Any) -> bool:
-    return dtype.kind in "fiub" or jnp.issubdtype(dtype, jnp.floating)  # bfloat16 has a kind of its own
+    # Keys have no kind, and bfloat16 has one of its own.
+    return getattr(dtype, "kind", "") in tuple("fiub") or jnp.issubdtype(dtype, jnp.floating)
 
 
 def _is_real_number(value: Any) -> bool:
