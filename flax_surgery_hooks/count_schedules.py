@@ -7,6 +7,7 @@ import dataclasses
 from typing import NamedTuple
 
 from flax_surgery_hooks.errors import InputError, ScheduleError
+from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.schedules import At, Every, Schedule
 from flax_surgery_hooks.watched_schedules import LAG, Trigger, Watched, as_at_least, as_name
 
@@ -88,6 +89,10 @@ class OnCount(Watched):
         if not crossed:
             return CountState(value, state.fires), None
         return CountState(value, state.fires + 1), Trigger(repr(self), step, value, self._last(value), crossed)
+
+    def past(self, first: int) -> str:
+        """Those of its listed counts that the first one seen is not before; of periodic ones others follow."""
+        return listed(map(str, self.counts.steps[: self._rank(first)])) if isinstance(self.counts, At) else ""
 
     def _rank(self, count: int) -> int:
         """How many of the counts are not beyond this one."""

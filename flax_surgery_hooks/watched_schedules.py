@@ -83,6 +83,10 @@ class Watched(Schedule):
     def is_done(self, state: Any) -> bool:
         """Whether it can never be due again."""
 
+    def past(self, first: Any) -> str:
+        """What it will never be due for, as the first value shows; "" if nothing."""
+        return ""
+
     @property
     def planned(self) -> None:
         """Nothing: no due step is known in advance."""

@@ -26,7 +26,7 @@ WATCHING = 0
 class Watch:
     """One watched schedule of one hook: what it has seen, and the values that it has still to read."""
 
-    __slots__ = ("_hook", "_path", "_queue", "_schedule", "_taken", "state")
+    __slots__ = ("_blank", "_hook", "_path", "_queue", "_schedule", "_taken", "state")
 
     def __init__(self, hook: str, schedule: Watched):
         self._hook = hook
@@ -34,7 +34,7 @@ class Watch:
         self._path = "/".join(filter(None, schedule.source))
         self._queue: collections.deque[tuple[int, int, Any]] = collections.deque()
         self._taken = -1
-        self.state = schedule.begin()
+        self.state = self._blank = schedule.begin()
 
     @property
     def is_done(self) -> bool:
@@ -55,6 +55,10 @@ class Watch:
             _, of, value = queue[0]
             if type(value) is not float:
                 value = read(value, self._path, integral=schedule.integral, where=where)
+            if self.state == self._blank and (past := schedule.past(value)):
+                logging.warning(
+                    "Hook %s was due at %s of %s, before the first call: past.", self._hook, past, self._path
+                )
             self.state, trigger = schedule.observe(self.state, of, value, step)
             queue.popleft()
             if trigger is not None:
