@@ -88,7 +88,7 @@ class OnCount(Watched):
         crossed = self._rank(value) - self._rank(state.seen)
         if not crossed:
             return CountState(value, state.fires), None
-        return CountState(value, state.fires + 1), Trigger(repr(self), step, value, self._last(value), crossed)
+        return CountState(value, state.fires + 1), Trigger(repr(self), step, value, self._last(value), crossed=crossed)
 
     def past(self, first: int) -> str:
         """Those of its listed counts that the first one seen is not before; of periodic ones others follow."""

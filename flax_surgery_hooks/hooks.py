@@ -143,7 +143,8 @@ class SurgeryHooks(HookSet):
         Args:
           step: what `state.step` holds: train steps applied so far, a Python int that goes forward.
           state: the train state after that step.
-          **inputs: whatever surgeries ask for by name; arrays, numbers and pytrees of them are traced.
+          **inputs: whatever surgeries ask for by name; arrays, numbers and pytrees of them are traced. `on_metric` and
+            the like look at theirs in each call, which then costs some microseconds (see `watching`).
 
         Returns:
           The state, edited if something was due. The first call checks every hook against it.

@@ -128,60 +128,64 @@ class OnMetric(Watched):
         >>> state, trigger = schedule.observe(schedule.begin(), 10, 7.0)
         >>> state, trigger = schedule.observe(state, 11, 6.0)
         >>> trigger
-        Trigger(schedule="on_metric('loss', above=5.0, patience=2)", step=11, value=6.0, limit=5.0, crossed=None)
+        Trigger(schedule="on_metric('loss', above=5.0, patience=2)", step=11, value=6.0, limit=5.0, average=None,
+                crossed=None)
         >>> state.quiet
         15
         """
         if self.is_done(state):
             return state, None
-        average, weight, best, run, fires, quiet = state
-        holds, limit = True, None
-        if self.spike is not None:
-            average, weight, holds, limit = self._spiked(state, value)
-        else:
-            if self.horizon is not None:
-                average, weight = self._averaged(average, weight, value)
-                value = average / weight if weight else math.nan
-            if self.plateau is not None:
-                best, holds, limit = self._waited(best, value)
-            elif self.above is not None:
-                holds, limit = value > self.above, self.above
-            elif self.below is not None:
-                holds, limit = value < self.below, self.below
-        run = run + 1 if holds and step > quiet and step >= self.start else 0
+        seen = self._with(state, value)
+        holds, limit = self._judged(state, seen, value)
+        run = state.run + 1 if holds and step > state.quiet and step >= self.start else 0
         assert self.patience is not None
         if run < self.patience:
-            return MetricState(average, weight, best, run, fires, quiet), None
+            return seen._replace(run=run), None
         quiet = (step + self.lag if now is None else now) + self.cooldown
-        return MetricState(average, weight, best, 0, fires + 1, quiet), Trigger(repr(self), step, value, limit)
+        mean = (state if self.spike is not None else seen).mean
+        told = None if math.isnan(mean) else mean
+        return seen._replace(run=0, fires=state.fires + 1, quiet=quiet), Trigger(repr(self), step, value, limit, told)
 
-    def _spiked(self, state: MetricState, value: float) -> tuple[float, float, bool, float | None]:
-        """The average with the value, whether that is a spike, and the bound of one."""
+    def _with(self, state: MetricState, value: float) -> MetricState:
+        """The state with the value in its average and its best."""
+        if self.horizon is not None and math.isfinite(value):
+            # A spike enters at its bound: one that is huge hides none after it, and a new level is one in the end.
+            value = min(value, self._bound(state)) if self.spike is not None else value
+            share = 1 / self.horizon
+            average, weight = (1 - share) * state.average + share * value, (1 - share) * state.weight + share
+            state = state._replace(average=average, weight=weight)
+        if self.plateau is None or not self._betters(state.best, value := self._looked_at(state, value)):
+            return state
+        return state._replace(best=value)
+
+    def _judged(self, state: MetricState, seen: MetricState, value: float) -> tuple[bool, float | None]:
+        """Whether the condition holds for a value, given the states before and with it; and what it is held against."""
+        if self.spike is not None:
+            bound = self._bound(state)
+            return value > bound or not math.isfinite(value), bound if state.weight else None
+        value = self._looked_at(seen, value)
+        if self.above is not None:
+            return value > self.above, self.above
+        if self.below is not None:
+            return value < self.below, self.below
+        return not self._betters(state.best, value), self._to_better(state.best)
+
+    def _looked_at(self, seen: MetricState, value: float) -> float:
+        return value if self.horizon is None else seen.mean
+
+    def _bound(self, state: MetricState) -> float:
+        """What a spike exceeds: nothing, before there is an average."""
         assert self.spike is not None
-        if not state.weight:
-            return *self._averaged(state.average, state.weight, value), not math.isfinite(value), None
-        mean = state.mean
-        limit = mean + (self.spike - 1) * abs(mean)
-        if not math.isfinite(value):
-            return state.average, state.weight, True, limit
-        # A spike enters at its bound: one that is huge hides none after it, and a new level is one in the end.
-        return *self._averaged(state.average, state.weight, min(value, limit)), value > limit, limit
+        return state.mean + (self.spike - 1) * abs(state.mean) if state.weight else math.inf
 
-    def _averaged(self, average: float, weight: float, value: float) -> tuple[float, float]:
-        assert self.horizon is not None
-        if not math.isfinite(value):
-            return average, weight
-        share = 1 / self.horizon
-        return (1 - share) * average + share * value, (1 - share) * weight + share
+    def _betters(self, best: float | None, value: float) -> bool:
+        limit, sign = self._to_better(best), 1 if self.mode == "min" else -1
+        return math.isfinite(value) and (limit is None or sign * value < sign * limit)
 
-    def _waited(self, best: float | None, value: float) -> tuple[float | None, bool, float | None]:
-        """The best value, whether this one was no better, and what would have been."""
+    def _to_better(self, best: float | None) -> float | None:
+        """What a value must be beyond to better the best one of a plateau."""
         assert self.plateau is not None
-        sign = 1 if self.mode == "min" else -1
-        limit = None if best is None else best - sign * self.plateau * abs(best)
-        if math.isfinite(value) and (limit is None or sign * value < sign * limit):
-            return value, False, limit
-        return best, True, limit
+        return None if best is None else best - (1 if self.mode == "min" else -1) * self.plateau * abs(best)
 
     def __repr__(self) -> str:
         usual: dict[str, Any] = {"patience": 1, "horizon": HORIZON if self.spike is not None else None}

@@ -25,8 +25,9 @@ class Trigger(NamedTuple):
       schedule: the schedule, as it is written.
       step: the step whose value it was; the fire comes some steps later.
       value: the metric or the counter.
-      limit: what the value is beyond: the threshold, the bound of a spike, the value that a plateau did not better, or
-        the last due count.
+      limit: what it is beyond: the threshold, the bound of a spike, what a plateau did not get beyond, or the last due
+        count.
+      average: the running average before a spike; that which is looked at in place of the value, where one is.
       crossed: how many due counts the counter passed at once; None for a metric.
     """
 
@@ -34,6 +35,7 @@ class Trigger(NamedTuple):
     step: int
     value: float
     limit: float | None = None
+    average: float | None = None
     crossed: int | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -139,10 +140,10 @@ def _is_real_number(value: Any) -> bool:
 def _check_global(value: Any, path: str, processes: int) -> None:
     """Raises unless an array is one value for all processes."""
     if isinstance(value, jax.Array):
-        spanned = {device.process_index for device in value.devices()}
-        if value.is_fully_replicated and len(spanned) == processes:
+        spanned = _spanned(value.sharding)
+        if value.is_fully_replicated and spanned == processes:
             return
-        what = f"{typed(value)} over the devices of {len(spanned)} of {processes} processes, {value.sharding}"
+        what = f"{typed(value)} over the devices of {spanned} of {processes} processes, {value.sharding}"
     else:
         what = f"{typed(value)} on one of {processes} processes"
     raise InputError(
@@ -150,6 +151,12 @@ def _check_global(value: Any, path: str, processes: int) -> None:
         found=what,
         write="the array that the jitted train step returns, fully replicated over the mesh of all processes",
     )
+
+
+@functools.lru_cache(maxsize=64)  # a mesh may have thousands of devices, and metrics come at every step
+def _spanned(sharding: jax.sharding.Sharding) -> int:
+    """Over how many processes it reaches."""
+    return len({device.process_index for device in sharding.device_set})  # type: ignore[attr-defined]
 
 
 def _check_alive(value: jax.Array, path: str) -> None:

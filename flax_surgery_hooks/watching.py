@@ -63,6 +63,8 @@ class Watch:
             queue.popleft()
             if trigger is not None:
                 triggers = (*triggers, trigger)
+                if self.is_done:
+                    queue.clear()
         return triggers
 
     def _take(self, step: int, inputs: Mapping[str, Any], where: Site) -> None:

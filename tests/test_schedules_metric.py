@@ -159,36 +159,37 @@ def test_hooks_in_a_loop(name, kind):
 # Wrong rules that the oracle must find.
 
 
+def changed(schedule, kind=OnMetric, **changes):
+    """The schedule as one of another class, with other values of some fields."""
+    return kind(**{field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)} | changes)
+
+
 class Poisoned(OnMetric):
     """A spike enters the average as it is."""
 
-    def _spiked(self, state, value):
-        _, _, holds, limit = super()._spiked(state, value)
-        return *self._averaged(state.average, state.weight, value), holds, limit
+    def _with(self, state, value):
+        return changed(self, spike=None, above=1.0)._with(state, value)
 
 
 class Biased(OnMetric):
     """The average starts from zero."""
 
-    def _averaged(self, average, weight, value):
-        return super()._averaged(average, weight, value)[0], 1.0
+    def _with(self, state, value):
+        return super()._with(state, value)._replace(weight=1.0)
 
 
 class Itself(OnMetric):
     """A value is compared with the average that holds it."""
 
-    def _spiked(self, state, value):
-        average, weight = self._averaged(state.average, state.weight, value)
-        mean = average / weight if weight else NAN
-        return average, weight, value > self.spike * mean or not math.isfinite(value), mean
+    def _judged(self, state, seen, value):
+        return super()._judged(seen, seen, value)
 
 
 class Creeping(OnMetric):
     """The best moves with every small improvement."""
 
-    def _waited(self, best, value):
-        new, holds, limit = super()._waited(best, value)
-        return value if math.isfinite(value) and (best is None or value < best) else new, holds, limit
+    def _with(self, state, value):
+        return changed(self, plateau=0.0)._with(state, value)
 
 
 class Impatient(OnMetric):
@@ -207,7 +208,7 @@ class Impatient(OnMetric):
 )  # fmt: skip
 def test_wrong_rules_are_found(wrong, name):
     right = SCHEDULES[name]
-    schedule = wrong(**{field.name: getattr(right, field.name) for field in dataclasses.fields(right)})
+    schedule = changed(right, wrong)
     assert any(observed(schedule, noisy(seed)) != expected(right, noisy(seed)) for seed in range(12))
 
 
@@ -420,6 +421,19 @@ def test_the_record_says_which_value_decided(tmp_path):
         (7, [{"schedule": schedule, "step": 5, "value": "inf", "limit": 5.0}]),
     ]
     assert tiny.w_of(state) == [0.25, 0.25]
+
+
+def test_the_record_tells_the_average():
+    averaged = {
+        "above": fsh.on_metric("loss", above=2.5, horizon=2),
+        "spike": fsh.on_metric("loss", spike=2, horizon=2),
+    }
+    found = {}
+    for name, schedule in averaged.items():
+        state, _ = schedule.observe(schedule.begin(), 1, 1.0)
+        _, trigger = schedule.observe(state, 2, 4.0)
+        found[name] = (trigger.value, trigger.limit, trigger.average)
+    assert found == {"above": (4.0, 2.5, pytest.approx(3.0)), "spike": (4.0, 2.0, 1.0)}
 
 
 def test_joined_with_steps_and_with_each_other():
