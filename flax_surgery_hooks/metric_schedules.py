@@ -140,7 +140,7 @@ class OnMetric(Watched):
         run = state.run + 1 if holds and step > state.quiet and step >= self.start else 0
         assert self.patience is not None
         if run < self.patience:
-            return seen._replace(run=run), None
+            return seen if run == seen.run else seen._replace(run=run), None
         quiet = (step + self.lag if now is None else now) + self.cooldown
         mean = (state if self.spike is not None else seen).mean
         told = None if math.isnan(mean) else mean
@@ -153,7 +153,7 @@ class OnMetric(Watched):
             value = min(value, self._bound(state)) if self.spike is not None else value
             share = 1 / self.horizon
             average, weight = (1 - share) * state.average + share * value, (1 - share) * state.weight + share
-            state = state._replace(average=average, weight=weight)
+            state = MetricState(average, weight, *state[2:])  # twice as fast as `_replace`
         if self.plateau is None or not self._betters(state.best, value := self._looked_at(state, value)):
             return state
         return state._replace(best=value)
@@ -176,7 +176,8 @@ class OnMetric(Watched):
     def _bound(self, state: MetricState) -> float:
         """What a spike exceeds: nothing, before there is an average."""
         assert self.spike is not None
-        return state.mean + (self.spike - 1) * abs(state.mean) if state.weight else math.inf
+        mean = state.mean
+        return mean + (self.spike - 1) * abs(mean) if state.weight else math.inf
 
     def _betters(self, best: float | None, value: float) -> bool:
         limit, sign = self._to_better(best), 1 if self.mode == "min" else -1

@@ -177,7 +177,7 @@ def test_a_counter_in_the_metrics():
 
 def test_listed_counts_before_the_first_are_told_as_past(caplog):
     by_hooks(fsh.at_count(10, 20, 90, of="tokens"), [50, 60])
-    assert "Hook a was due at 10, 20 of tokens, before the first call: past." in caplog.text
+    assert "Hook a was due at 10, 20 of tokens, before the first call: taken as past." in caplog.text
     caplog.clear()
     by_hooks(fsh.every_count(10, of="tokens"), [50, 60])
     by_hooks(fsh.at_count(90, of="tokens"), [50, 60])
