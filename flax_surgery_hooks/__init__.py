@@ -12,6 +12,8 @@ from flax_surgery_hooks.adapters import bind as bind
 from flax_surgery_hooks.adapters import bind_nnx as bind_nnx
 from flax_surgery_hooks.collectives import Collective as Collective
 from flax_surgery_hooks.collectives import collectives as collectives
+from flax_surgery_hooks.count_schedules import at_count as at_count
+from flax_surgery_hooks.count_schedules import every_count as every_count
 from flax_surgery_hooks.derived_schedules import at_epochs as at_epochs
 from flax_surgery_hooks.derived_schedules import at_fraction as at_fraction
 from flax_surgery_hooks.derived_schedules import cooldown as cooldown
@@ -24,6 +26,7 @@ from flax_surgery_hooks.errors import SurgeryError as SurgeryError
 from flax_surgery_hooks.hooks import SurgeryHooks as SurgeryHooks
 from flax_surgery_hooks.ledger import Ledger as Ledger
 from flax_surgery_hooks.ledger import Record as Record
+from flax_surgery_hooks.metric_schedules import on_metric as on_metric
 from flax_surgery_hooks.operate import operate as operate
 from flax_surgery_hooks.schedules import Schedule as Schedule
 from flax_surgery_hooks.schedules import at as at

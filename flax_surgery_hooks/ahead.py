@@ -31,7 +31,7 @@ def check_ahead(
     Raises:
       SurgeryError: what would be raised at the step in question.
     """
-    first_due = [(hook.when.next_step(last), order, hook) for order, hook in enumerate(hooks) if _may_change(hook)]
+    first_due = [(hook.next_possible(last), order, hook) for order, hook in enumerate(hooks) if _may_change(hook)]
     if not first_due:
         return
     names = ("params", "opt_state", "surgery", *(name for name, _ in mirrors))
@@ -44,7 +44,7 @@ def check_ahead(
             continue
         ahead = memory.fitted(ahead, [(each.name, each.operation) for each in hooks], seed, anew=True)
         for other in hooks:
-            if other.when.next_step(step) is not None:
+            if other.next_possible(step) is not None:
                 _foresee(other, ahead, inputs, seed, mirrors)
 
 

@@ -68,7 +68,7 @@ class Collector:
         return [one for _, one in sorted(found, key=lambda pair: (pair[1].record.step, pair[0]))]
 
     def renewed(self, old: Any, new: Any) -> None:
-        """Takes note that a state has other buffers, as after a fire that changed shapes; the old ones have been read."""
+        """Takes note that a state has other buffers, as after a fire that changed shapes; the old ones are read."""
         self._waiting = []
         before, after = in_graph.buffers(old), in_graph.buffers(new)
         for name in after:

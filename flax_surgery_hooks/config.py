@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flax_surgery_hooks.config_fields import MISMATCH, Field, fields_of, is_mapping, is_surgery_config
-from flax_surgery_hooks.config_hook import HookFields, HookSpec, check_choices, check_selection, schedule
+from flax_surgery_hooks.config_hook import HookFields, HookSpec, check_choices, check_selection
 from flax_surgery_hooks.config_reading import (
     Report,
     check_keys,
@@ -26,6 +26,7 @@ from flax_surgery_hooks.config_reading import (
 )
 from flax_surgery_hooks.config_registry import find_class
 from flax_surgery_hooks.config_registry import register_surgery as register_surgery
+from flax_surgery_hooks.config_schedule import schedule
 from flax_surgery_hooks.config_writing import written
 from flax_surgery_hooks.surgery import as_edit
 

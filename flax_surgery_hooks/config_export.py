@@ -13,6 +13,8 @@ from flax_surgery_hooks.config_fields import MISMATCH, fields_of
 from flax_surgery_hooks.config_hook import HookSpec
 from flax_surgery_hooks.config_reading import Report, shown
 from flax_surgery_hooks.config_registry import name_of
+from flax_surgery_hooks.count_schedules import OnCount
+from flax_surgery_hooks.metric_schedules import OnMetric
 from flax_surgery_hooks.operate import make_operation
 from flax_surgery_hooks.rules import SlotRules, slot_rules
 from flax_surgery_hooks.schedules import AnyOf, At, Every, Schedule
@@ -131,17 +133,41 @@ def _rules(rules: SlotRules, edit: Edit, report: Report) -> Any:
     return by_kind or (None if rules == slot_rules(None, edit.preserves) else rules.default)
 
 
+_SHARED = ("count_of", "count_lag")
+
+
 def _times(when: Schedule, report: Report) -> dict[str, Any]:
     parts = when.parts if isinstance(when, AnyOf) else (when,)
-    steps = [part.steps for part in parts if type(part) is At]
-    periodic = [part for part in parts if type(part) is Every]
-    if len(periodic) > 1 or len(steps) + len(periodic) < len(parts):
-        report.add(f"a config holds `at` and one `every`, not {when!r}; split the hook")
-        return {}
-    told: dict[str, Any] = {"at": steps[0]} if steps else {}
-    if periodic:
-        told |= {"every": periodic[0].n, "start": periodic[0].start, "stop": periodic[0].stop}
+    told: dict[str, Any] = {}
+    for part in parts:
+        one = _time(part)
+        clashes = [key for key in one if key in told and (key not in _SHARED or one[key] != told[key])]
+        if not one or clashes:
+            report.add(
+                f"a config holds one each of `at`, `every`, `on_metric`, `at_count` and `every_count`, not {when!r}; "
+                "split the hook"
+            )
+            return {}
+        told |= one
     return told
+
+
+def _time(part: Schedule) -> dict[str, Any]:
+    """What a config says of a schedule that is no union; nothing of one that it cannot hold."""
+    if type(part) is At:
+        return {"at": part.steps}
+    if type(part) is Every:
+        return {"every": part.n, "start": part.start, "stop": part.stop}
+    if type(part) is OnMetric:
+        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        name, fields["max_fires"] = fields.pop("name"), fields.pop("fires")
+        return {"on_metric": name, **{f"metric_{key}": value for key, value in fields.items()}}
+    if type(part) is OnCount:
+        of = {"count_of": part.of, "count_lag": part.lag}
+        if isinstance(part.counts, At):
+            return {"at_count": part.counts.steps, **of}
+        return {"every_count": part.counts.n, "count_start": part.counts.start, "count_stop": part.counts.stop, **of}
+    return {}
 
 
 def _compare(one: Any, spec: HookSpec, report: Report) -> None:

@@ -1,19 +1,17 @@
-"""What every hook in a config has beside the fields of its surgery: its keys, what they must hold, and its schedule."""
+"""What every hook in a config has beside the fields of its surgery: its keys, and what they must hold."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from flax_surgery_hooks.config_fields import MISMATCH
 from flax_surgery_hooks.config_reading import Report
-from flax_surgery_hooks.derived_schedules import at_epochs, at_fraction, cooldown, every_epochs, every_fraction
 from flax_surgery_hooks.rules import FRESH, GUARDS, check_choice, slot_rules
-from flax_surgery_hooks.schedules import Schedule, at, every
+from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.selection import select
+from flax_surgery_hooks.watched_schedules import LAG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,8 @@ class HookSpec:
 class HookFields:
     """The keys of every hook in a config; read like the fields of a surgery, by their annotations.
 
-    What several of `at`, `every`, `at_epochs`, `every_epochs`, `at_fraction` and `every_fraction` say is joined.
+    What several of `at`, `every`, `at_epochs`, `every_epochs`, `at_fraction`, `every_fraction`, `on_metric`, `at_count`
+    and `every_count` say is joined. `cooldown` and `max_fires` thin what is said in steps, the first six of them.
 
     Attributes:
       surgery: which surgery: a built-in one in snake case, or a name given to `register_surgery`.
@@ -75,6 +74,24 @@ class HookFields:
       num_steps: train steps of the whole run.
       cooldown: steps that lie between two due steps, at least.
       max_fires: how many due steps there are at most.
+      on_metric: the metric whose values make it due; needs one of the next four.
+      metric_above: for `on_metric`, the metric is larger.
+      metric_below: for `on_metric`, it is smaller.
+      metric_spike: for `on_metric`, it exceeds this many times its running average.
+      metric_plateau: for `on_metric`, it has not improved on its best by more than this part; needs `metric_patience`.
+      metric_patience: for `on_metric`, how many observations in a row must hold the condition.
+      metric_cooldown: for `on_metric`, steps after a fire whose values do not count.
+      metric_max_fires: for `on_metric`, how often it is due at most.
+      metric_start: for `on_metric`, the first step whose value counts.
+      metric_horizon: for `on_metric`, observations over which it is averaged.
+      metric_mode: for `metric_plateau`, "min" if smaller values are better, or "max".
+      metric_lag: for `on_metric`, how many steps after its own a value is read.
+      at_count: counts at which it is due, once the counter `count_of` passes them.
+      every_count: from one due count to the next.
+      count_of: for `at_count` and `every_count`, the counter: the name of an input of the train loop.
+      count_start: for `every_count`, the first due count.
+      count_stop: for `every_count`, the last count that may be due.
+      count_lag: for `at_count` and `every_count`, how many steps after its own an array is read.
       opt_state: how optimizer slots follow: a rule, or a dict from kind of slot to rule.
       fresh: what second moments of elements without history start from, "mean" or "init".
       guard: "finite", so that a result with new non-finite values is not applied, or "off".
@@ -102,6 +119,24 @@ class HookFields:
     num_steps: int | None = None
     cooldown: int | None = None
     max_fires: int | None = None
+    on_metric: str | None = None
+    metric_above: float | None = None
+    metric_below: float | None = None
+    metric_spike: float | None = None
+    metric_plateau: float | None = None
+    metric_patience: int | None = None
+    metric_cooldown: int = 0
+    metric_max_fires: int | None = None
+    metric_start: int = 0
+    metric_horizon: int | None = None
+    metric_mode: str = "min"
+    metric_lag: int = LAG
+    at_count: tuple[int, ...] = ()
+    every_count: int | None = None
+    count_of: str | None = None
+    count_start: int = 0
+    count_stop: int | None = None
+    count_lag: int = LAG
     opt_state: str | dict[str, str] | None = None
     fresh: str = "mean"
     guard: str = "finite"
@@ -136,55 +171,3 @@ def check_selection(settings: Mapping[str, Any], report: Report) -> None:
         report.at("exclude").attempt(select, "**", exclude)
     if isinstance(settings["expect"], int):
         report.at("expect").attempt(select, "**", None, settings["expect"])
-
-
-# The keys that name due steps, and what those told in parts of something need beside them.
-_NEEDS = {
-    "at": None,
-    "every": None,
-    "at_epochs": "steps_per_epoch",
-    "every_epochs": "steps_per_epoch",
-    "at_fraction": "num_steps",
-    "every_fraction": "num_steps",
-}
-_BOUNDS = ("start", "stop", "phase")
-_MADE_BY: dict[str, Callable[..., Schedule]] = {
-    "at": at, "at_epochs": at_epochs, "every_epochs": every_epochs, "at_fraction": at_fraction,
-    "every_fraction": every_fraction,
-}  # fmt: skip
-
-
-def schedule(settings: Mapping[str, Any], report: Report) -> Schedule | None:
-    """When the hook is due, or None if that is wrong or missing."""
-    if any(settings[key] is MISMATCH for key in (*_NEEDS, *_NEEDS.values(), *_BOUNDS, "cooldown", "max_fires") if key):
-        return None
-    named = [key for key in _NEEDS if settings[key] not in ((), None)]
-    if not named:
-        report.add("neither `at` nor `every` says when it is due; write at=(1000,) or every=1000")
-    elif settings["every"] is None:
-        for key, bound in {key: settings[key] for key in _BOUNDS}.items():
-            if bound is not None and (key, bound) != ("start", 0):
-                report.at(key).add(f"bounds `every`, which is not set; found {bound}")
-    parts = [_part(key, settings, report.at(key)) for key in named]
-    # Where the schedule is wrong, any other one serves to check what thins it all the same.
-    when = functools.reduce(operator.or_, [part for part in parts if part is not None] or [every(1)])
-    if settings["cooldown"] is not None:
-        when = report.at("cooldown").attempt(cooldown, when, settings["cooldown"]) or when
-    if settings["max_fires"] is not None:
-        when = report.at("max_fires").attempt(when.max_fires, settings["max_fires"])
-    return when if named and None not in parts else None
-
-
-def _part(key: str, settings: Mapping[str, Any], report: Report) -> Schedule | None:
-    """What one key says of the due steps."""
-    if key == "every":
-        return report.attempt(
-            every, settings["every"], *(settings[name] for name in ("start", "stop")), None, settings["phase"]
-        )
-    need = _NEEDS[key]
-    if need is not None and settings[need] is None:
-        report.add(f"needs `{need}` beside it, which is not set")
-        return None
-    given = settings[key] if isinstance(settings[key], tuple) else (settings[key],)
-    make = _MADE_BY[key]
-    return report.attempt(make if need is None else functools.partial(make, **{need: settings[need]}), *given)

@@ -153,7 +153,8 @@ def note_missed(ledger: Ledger, hook: str, when: Schedule, upto: int) -> None:
 
     They are taken as past and never fired late. A record lists the first of them.
     """
-    missed = tuple(itertools.islice(when.due_steps(-1, upto), SHOWN))
+    planned = when.planned
+    missed = () if planned is None else tuple(itertools.islice(planned.due_steps(-1, upto), SHOWN))
     if not missed:
         return
     ledger.write(Record(event="passed", step=upto + 1, hook=hook, passed=missed))

@@ -7,12 +7,11 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from flax_surgery_hooks import fires, in_graph, memory
+from flax_surgery_hooks import fires
 from flax_surgery_hooks.ahead import check_ahead
 from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.donation import DONATE
 from flax_surgery_hooks.errors import HookError, StateError, StepError, located
-from flax_surgery_hooks.hook_set import HookSet
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.mirrors import checked, original, viewed
@@ -24,12 +23,14 @@ from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, find
 from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
 from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
+from flax_surgery_hooks.traced_hooks import TracedHooks
 from flax_surgery_hooks.train_state import written
+from flax_surgery_hooks.watching import WATCHING, Watching
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class SurgeryHooks(HookSet):
+class SurgeryHooks(TracedHooks):
     """Hooks that edit a train state between train steps. Call them after each step: `state = hooks(step, state)`.
 
     Args:
@@ -64,8 +65,7 @@ class SurgeryHooks(HookSet):
 
     # An idle call is two comparisons of integers; slots make reading these a quarter cheaper.
     __slots__ = (
-        "_collector", "_counts", "_last", "_programs", "_settler", "_started", "_unchecked", "_wake",
-        "donate", "ledger", "mirrors", "seed", "strict_steps",
+        "_counts", "_last", "_programs", "_unchecked", "_watching", "donate", "strict_steps",
     )  # fmt: skip
 
     def __init__(
@@ -103,6 +103,7 @@ class SurgeryHooks(HookSet):
         self._started = False
         self._last = -1
         self._wake = -1
+        self._watching = Watching()
 
     @classmethod
     def from_config(cls, config: Any, *, objects: Mapping[str, Any] | None = None, **kwargs: Any) -> SurgeryHooks:
@@ -126,6 +127,7 @@ class SurgeryHooks(HookSet):
     def _added(self, hook: Hook) -> None:
         self._programs[hook.name] = {}
         self._unchecked.add(hook.name)
+        self._watching.add(hook.name, hook.when)
         self._wake = -1  # look at the new hook at the next call
         if self._started:
             fires.note_missed(self.ledger, hook.name, hook.when, self._last)
@@ -133,6 +135,7 @@ class SurgeryHooks(HookSet):
     def _removed(self, name: str) -> None:
         del self._programs[name]
         self._unchecked.discard(name)
+        self._watching.remove(name)
         self._wake = -1
 
     def __call__(self, step: int, state: Any = None, **inputs: Any) -> Any:
@@ -141,7 +144,8 @@ class SurgeryHooks(HookSet):
         Args:
           step: what `state.step` holds: train steps applied so far, a Python int that goes forward.
           state: the train state after that step.
-          **inputs: whatever surgeries ask for by name; arrays, numbers and pytrees of them are traced.
+          **inputs: whatever surgeries ask for by name; arrays, numbers and pytrees of them are traced. `on_metric` and
+            the like look at theirs in each call, which then costs some microseconds (see `watching`).
 
         Returns:
           The state, edited if something was due. The first call checks every hook against it.
@@ -157,6 +161,9 @@ class SurgeryHooks(HookSet):
                 return state
         except Exception:
             pass  # whatever cannot be compared is no step: `_attend` says so
+        if self._wake == WATCHING and self._watching.passes(step, self._last, inputs):
+            self._last = step
+            return state
         return self._attend(step, state, inputs)
 
     def fire(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Any:
@@ -186,105 +193,6 @@ class SurgeryHooks(HookSet):
         self._check(hook, state, inputs)
         _, fired = self._fire(hook, state, step, inputs, "never", commit=False)
         return replace(read(fired), event="preview", id=None)
-
-    def init(self, state: Any, *, fires: int = 8) -> Any:
-        """The state with room, in its field `surgery`, for what surgeries remember and for the figures of fires in
-        graph. Once all hooks are added, before the first train step: a later change of the state's structure would
-        compile the step anew; and once more where the state has moved to other devices.
-
-        What is there already, from a checkpoint, is kept. Works on concrete, abstract and traced states; on a concrete
-        one it waits for the device, and sees where the leaves lie, without which figures cost more in graph.
-
-        Args:
-          state: the train state.
-          fires: for how many fires in graph of each hook there is room until `collect`; 0 where only `observe` runs
-            in the train step and fires are the host's.
-
-        Raises:
-          StateError: surgeries remember and the state has no such field, or it holds what does not fit.
-          HookError: `fires` is no such number.
-        """
-        if isinstance(fires, bool) or not isinstance(fires, int) or fires < 0:
-            raise HookError("init(fires=...) is a number of fires.", found=repr(fires), write="hooks.init(state)")
-        state = memory.fitted(state, self._named(), self.seed)
-        state = written(in_graph.fitted(state, self._graphable(), fires, self.mirrors))
-        self._collector.begin(state)
-        return state
-
-    def in_graph(self, state: Any, **inputs: Any) -> Any:
-        """The traced form of a call, for inside the jitted train step or a scan of many steps.
-
-        First comes `observe`, then the fires that are due at `state.step`, each under a `lax.cond` over the leaves that
-        it touches.
-
-        They do the same to the state as fires on the host, with the same keys. Their figures wait in the state until
-        `collect`, or a call of the hooks, reads them. From the first trace on a call leaves these hooks alone, and does
-        what stays on the host: hooks that bring `apply_fn=` or the like, that switch the optimizer, keep histograms, or
-        whose schedule only the host can decide.
-
-        Args:
-          state: the train state after the optimizer's update, traced or not.
-          **inputs: whatever surgeries ask for by name.
-
-        Returns:
-          The state, of the same structure.
-
-        Raises:
-          StateError: `init` has not been called, or the state has no field `surgery` or no step.
-          HookError: no hook has anything to do in graph.
-          StructureError: a fire changes the shape of a leaf, and the hook does not say so.
-        """
-        hooks, graphable = self._ordered(), self._graphable()
-        in_graph.check_not_empty(hooks, any(hook.operation.edit.observe is not None for hook in hooks))
-        in_graph.check_ready(state, graphable)
-        state = memory.observe(state, self._named(), self.seed, inputs)
-        for hook in graphable:
-            state, about = in_graph.fire(state, hook, self.seed, inputs, self.mirrors, self._collector.lying)
-            self._collector.traced[hook.name] = about
-        self._wake = -1  # a call before the trace may have thought that these hooks are the host's
-        return written(state)
-
-    def observe(self, state: Any, **inputs: Any) -> Any:
-        """What hooks do at every step, and no fires: their surgeries' `observe`. For inside the jitted train step of a
-        loop that calls the hooks after it, or a scan.
-
-        Hooks are observed in the order in which they fire; nothing is measured or recorded, slots stay as they are.
-
-        Args:
-          state: the train state, traced or not.
-          **inputs: whatever an `observe` asks for by name.
-
-        Returns:
-          The state, of the same structure.
-
-        Raises:
-          StateError: `init` has not been called.
-        """
-        return written(memory.observe(state, self._named(), self.seed, inputs))
-
-    def collect(self, state: Any) -> tuple[Record, ...]:
-        """Records the fires in graph since the last time, and reads the figures of all fires; waits for the device.
-
-        For loops that scan many steps in one call: once after each, or at least as often as `init(fires=...)` allows. A
-        loop that calls the hooks after each step need not: they do this by themselves, some steps later.
-
-        Args:
-          state: the train state.
-
-        Returns:
-          The new "settled" and "refused" records.
-
-        Raises:
-          RefusedError: the guard kept a result out, and `on_error` is "raise".
-        """
-        check_concrete(state)
-        if not self._started:
-            self._begin(step_of(state))
-        known = len(self.ledger.records)
-        self._gather(self._collector.read(self._ordered(), in_graph.buffers(state)))
-        self._settler.settle(NEVER)
-        self._rewake()
-        return tuple(one for one in self.ledger.records[known:] if one.event in ("settled", "refused"))
 
     def programs(self, name: str) -> list[Program]:
         """What a hook has compiled: one entry per shape, dtype and placement of leaves, see `passes.Program`.
@@ -337,12 +245,13 @@ class SurgeryHooks(HookSet):
             self._start(step, state)
         self._check_all(state, inputs)
         self._gather(self._collector.ripe(self._ordered(), step))
+        self._watching.look(step, inputs)
         self._settler.settle(step)
         fired: list[Fired] = []
         counts = dict(self._counts)
         try:
-            due = [(hook, tuple(hook.when.due_steps(self._last, step))) for hook in self._ordered()]
-            due = [(hook, steps) for hook, steps in due if steps]
+            due = [(hook, hook.planned_steps(self._last, step)) for hook in self._ordered()]
+            due = [(hook, steps) for hook, steps in due if steps or self._watching.triggers(hook.name)]
             self._collector.note(state, [hook.name for hook, _ in due if hook.name in self._collector.traced], step)
             due = [(hook, steps) for hook, steps in due if hook.name not in self._collector.traced]
             for hook, steps in due:
@@ -355,6 +264,7 @@ class SurgeryHooks(HookSet):
             self._counts = counts  # nothing of this call happened: the caller keeps the state it passed
             raise
         self._last = step
+        self._watching.clear()
         self._record(fired)
         if first:
             self._wake = -1  # one call before the loop and one in it are two lines, so the second is looked at as well
@@ -422,33 +332,15 @@ class SurgeryHooks(HookSet):
             )
             state = original(held)
             seconds = time.perf_counter() - start
-            record = replace(fired.record, hook=hook.name, step=step, passed=passed, seconds=seconds)
+            triggers = self._watching.triggers(hook.name)
+            record = replace(fired.record, hook=hook.name, step=step, passed=passed, triggers=triggers, seconds=seconds)
             if fired.reshaped:
                 state = self._refitted(state)
                 state = hook.reshape.finish(state, record)
-                self._unchecked.update(name for name, other in self._hooks.items() if other.when.next_step(step))
+                self._unchecked.update(name for name, other in self._hooks.items() if other.next_possible(step))
         if commit:
             self._counts[hook.name, step] = count + 1
         return state, replace(fired, record=record)
-
-    def _refitted(self, state: Any) -> Any:
-        """The state with room for memory and figures as its new shapes need it."""
-        before = state
-        state = memory.fitted(state, self._named(), self.seed, anew=True)
-        held = in_graph.buffers(before)
-        if held:
-            self._gather(self._collector.read(self._ordered(), held))
-            capacity = next(iter(held.values()))["steps"].shape[0]
-            state = in_graph.fitted(state, self._graphable(), capacity, self.mirrors, anew=True)
-            self._collector.renewed(before, state)
-        return state
-
-    def _graphable(self) -> list[Hook]:
-        return [hook for hook in self._ordered() if in_graph.why_on_host(hook) is None]
-
-    def _gather(self, fired: list[Fired]) -> None:
-        for one in fired:
-            self._settler.fired(one)
 
     def _compiled(self, hook: Hook, operation: Operation) -> Programs:
         by_static = self._programs[hook.name]
@@ -477,6 +369,7 @@ class SurgeryHooks(HookSet):
         if not self._started or self._unchecked:
             self._wake = -1
             return
-        due = (hook.when.next_step(self._last) for hook in self._hooks.values())
+        due = (hook.next_planned(self._last) for hook in self._hooks.values())
         far = FAR if self._last < FAR else NEVER
-        self._wake = min([far, self._settler.wake, self._collector.wake, *(step for step in due if step is not None)])
+        found = [far, self._settler.wake, self._collector.wake, *(step for step in due if step is not None)]
+        self._wake = self._watching.held(min(found))

@@ -45,7 +45,7 @@ def why_on_host(hook: Hook) -> str | None:
         return "it may change the structure of the state"
     if hook.operation.histograms:
         return "its histograms need the elements of its leaves"
-    return None if hook.when.traceable else "its schedule is decided on the host"
+    return "values that the host reads decide when" if hook.when.watched else None
 
 
 def measures(operation: Operation) -> bool:

@@ -14,6 +14,7 @@ import flax.struct
 
 from flax_surgery_hooks import tables
 from flax_surgery_hooks.errors import LedgerError, shorten
+from flax_surgery_hooks.watched_schedules import Trigger
 
 EVENTS = ("run", "fired", "settled", "refused", "passed", "preview")
 
@@ -43,6 +44,7 @@ class Record:
       restarted: slots that could not be moved and were made anew, as "Class.field path".
       donated: whether the old leaves gave their memory to the new ones.
       passed: due steps since the last call that this fire stands for.
+      triggers: the values that made the hook due, see `watched_schedules.Trigger`; none where its steps did.
       seconds: host time of the fire, without waiting for the device.
       time: seconds since the epoch.
       detail: anything else, as JSON.
@@ -65,6 +67,7 @@ class Record:
     restarted: tuple[str, ...] = _static(())
     donated: bool = _static(False)
     passed: tuple[int, ...] = _static(())
+    triggers: tuple[Trigger, ...] = _static(())
     seconds: float = _static(0.0)
     time: float = _static(0.0)
     detail: str = _static("")
@@ -99,6 +102,7 @@ class Record:
         fields["restarted"] = list(self.restarted)
         fields["donated"] = self.donated or None
         fields["passed"] = list(self.passed)
+        fields["triggers"] = [trigger.to_json() for trigger in self.triggers]
         fields["seconds"] = round(self.seconds, 6)
         fields["time"] = round(self.time, 3)
         fields["detail"] = json.loads(self.detail) if self.detail else None

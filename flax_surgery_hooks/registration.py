@@ -52,6 +52,20 @@ class Hook:
         }
         return {f"surgery/{self.name}/{name}": _simple(value) for name, value in fields.items()}
 
+    def planned_steps(self, after: int, upto: int) -> tuple[int, ...]:
+        """The due steps in (after, upto] that are known in advance."""
+        planned = self.when.planned
+        return () if planned is None else tuple(planned.due_steps(after, upto))
+
+    def next_planned(self, step: int) -> int | None:
+        """The first of these after `step`, or None."""
+        planned = self.when.planned
+        return None if planned is None else planned.next_step(step)
+
+    def next_possible(self, step: int) -> int | None:
+        """The first step after `step` at which it may fire: the next one, if values decide."""
+        return step + 1 if self.when.watched else self.next_planned(step)
+
 
 def in_order(hooks: Iterable[Hook]) -> list[Hook]:
     """Hooks as they fire when due at one step: by priority, then as they were registered."""

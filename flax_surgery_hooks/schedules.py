@@ -1,5 +1,7 @@
 """When a hook is due: immutable values that answer a pure question, on the host and inside `jax.jit`.
 
+What values of the train loop decide, metrics and counters, is a schedule too; see `watched_schedules`.
+
 A step is always the value that `state.step` holds: train steps applied so far. Step 0 is before training: `at(0)` fires
 in `state = hooks(0, state)`, called before the first train step; a loop that begins to call the hooks at step 1 has
 passed it, and is warned.
@@ -17,25 +19,24 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Iterable, Iterator
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import jax.numpy as jnp
 
 from flax_surgery_hooks.errors import ScheduleError, StepError, shorten, typed
 
+if TYPE_CHECKING:
+    from flax_surgery_hooks.watched_schedules import Watched
+
 
 class Schedule(abc.ABC):
-    """A set of steps, made by `at`, `every`, `|`, `max_fires` and the functions of `derived_schedules`.
+    """A set of steps, made by `at`, `every`, `|`, `max_fires` and the functions of `derived_schedules`. Or one that
+    only the run will tell, by `on_metric`, `every_count` and `at_count`: to ask those for their steps is an error.
 
     A schedule remembers nothing: asked twice, it answers the same. A subclass gives `_next` and `_traced_is_due`, and
     equality and hash by value; everything else follows.
     """
-
-    @property
-    def traceable(self) -> bool:
-        """Whether `is_due` answers inside `jax.jit`, so that hooks can fire in graph."""
-        return True
 
     @abc.abstractmethod
     def _next(self, step: int) -> int | None:
@@ -107,6 +108,16 @@ class Schedule(abc.ABC):
         last = self._nth_step(_as_max_fires(k))
         clipped = None if last is None else self._until(last)
         return self if clipped is None else clipped
+
+    @property
+    def planned(self) -> Schedule | None:
+        """That part of it whose due steps are known in advance, or None: all of it, unless values decide."""
+        return self
+
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """Those parts of it that values decide while the model trains."""
+        return ()
 
     def __or__(self, other: object) -> Schedule:
         return _union(self, other, written=other)
@@ -239,11 +250,6 @@ class AnyOf(Schedule):
 
     parts: tuple[Schedule, ...]
 
-    @property
-    def traceable(self) -> bool:
-        """Whether `is_due` of every part answers inside `jax.jit`."""
-        return all(part.traceable for part in self.parts)
-
     def _next(self, step: int) -> int | None:
         return min((due for part in self.parts if (due := part._next(step)) is not None), default=None)
 
@@ -252,6 +258,17 @@ class AnyOf(Schedule):
 
     def _until(self, stop: int) -> Schedule | None:
         return joined(clipped for part in self.parts if (clipped := part._until(stop)) is not None)
+
+    @property
+    def planned(self) -> Schedule | None:
+        """The union of the parts whose due steps are known in advance, or None."""
+        parts = [part for part in self.parts if not part.watched]
+        return joined(parts) if parts else None
+
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """Those of the parts that values decide."""
+        return tuple(inner for part in self.parts for inner in part.watched)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AnyOf) and frozenset(self.parts) == frozenset(other.parts)

@@ -202,7 +202,7 @@ def test_prefix_begins_every_path():
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"sparsty": 1}, "surgery.prune.sparsty: unknown key (did you mean 'sparsity'?); allowed are at, at_epochs, "),
+        ({"sparsty": 1}, "surgery.prune.sparsty: unknown key (did you mean 'sparsity'?); allowed are at, at_count, "),
         ({"surgery": "cot"}, "surgery.prune.surgery: unknown surgery 'cot' (did you mean 'cut'?); known are "),
         ({"surgery": None}, "surgery.prune.surgery: no surgery is named; known are "),
         ({"sparsity": None}, "surgery.prune.sparsity: no value; set it to float, or pass objects={'sparsity': ...}"),

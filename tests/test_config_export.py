@@ -189,7 +189,7 @@ UNTOLD = {
     "two periods": (
         Scale(2.0),
         {"when": fsh.every(2) | fsh.every(3)},
-        "hooks.a.when: a config holds `at` and one `every`,",
+        "hooks.a.when: a config holds one each of `at`, `every`, `on_metric`,",
     ),
     "a new model": (Scale(2.0), {"apply_fn": abs}, "hooks.a.apply_fn: no config can hold it"),
     "a method's name": (

@@ -28,9 +28,10 @@ from flax_surgery_hooks import slot_registry, slots
 from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, ResetMoments, Scale
 
 ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "config", "config_export", "config_fields",
-             "config_hook", "config_reading", "config_registry", "config_writing", "derived_schedules", "errors",
-             "freezable", "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "rewarm", "schedules",
-             "selection", "slot_edits", "slot_gain", "switching", "writers")  # fmt: skip
+             "config_hook", "config_reading", "config_registry", "config_writing", "count_schedules",
+             "derived_schedules", "errors", "freezable", "metric_schedules", "mirrors", "optimizer", "optimizer_edits",
+             "optimizer_state", "paths", "rewarm", "schedules", "selection", "slot_edits", "slot_gain", "switching",
+             "watched_schedules", "watched_values", "watching", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))

@@ -1,0 +1,156 @@
+"""Hooks in a compiled step: room in the state for what they remember and measure, their traced form, and what the host
+reads of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax_surgery_hooks import in_graph, memory
+from flax_surgery_hooks.collecting import Collector
+from flax_surgery_hooks.errors import HookError
+from flax_surgery_hooks.hook_set import HookSet
+from flax_surgery_hooks.ledger import Ledger, Record
+from flax_surgery_hooks.mirrors import Mirrors
+from flax_surgery_hooks.registration import Hook
+from flax_surgery_hooks.settling import NEVER, Fired, Settler
+from flax_surgery_hooks.steps import check_concrete, step_of
+from flax_surgery_hooks.train_state import written
+
+
+class TracedHooks(HookSet):
+    """The part of `SurgeryHooks` that works under `jax.jit`."""
+
+    __slots__ = ("_collector", "_settler", "_started", "_wake", "ledger", "mirrors", "seed")
+
+    seed: int
+    mirrors: Mirrors
+    ledger: Ledger
+    _collector: Collector
+    _settler: Settler
+    _started: bool
+    _wake: int
+
+    def init(self, state: Any, *, fires: int = 8) -> Any:
+        """The state with room, in its field `surgery`, for what surgeries remember and for the figures of fires in
+        graph. Once all hooks are added, before the first train step: a later change of the state's structure would
+        compile the step anew; and once more where the state has moved to other devices.
+
+        What is there already, from a checkpoint, is kept. Works on concrete, abstract and traced states; on a concrete
+        one it waits for the device, and sees where the leaves lie, without which figures cost more in graph.
+
+        Args:
+          state: the train state.
+          fires: for how many fires in graph of each hook there is room until `collect`; 0 where only `observe` runs
+            in the train step and fires are the host's.
+
+        Raises:
+          StateError: surgeries remember and the state has no such field, or it holds what does not fit.
+          HookError: `fires` is no such number.
+        """
+        if isinstance(fires, bool) or not isinstance(fires, int) or fires < 0:
+            raise HookError("init(fires=...) is a number of fires.", found=repr(fires), write="hooks.init(state)")
+        state = memory.fitted(state, self._named(), self.seed)
+        state = written(in_graph.fitted(state, self._graphable(), fires, self.mirrors))
+        self._collector.begin(state)
+        return state
+
+    def in_graph(self, state: Any, **inputs: Any) -> Any:
+        """The traced form of a call, for inside the jitted train step or a scan of many steps.
+
+        First comes `observe`, then the fires that are due at `state.step`, each under a `lax.cond` over the leaves that
+        it touches.
+
+        They do the same to the state as fires on the host, with the same keys. Their figures wait in the state until
+        `collect`, or a call of the hooks, reads them. From the first trace on a call leaves these hooks alone, and does
+        what stays on the host: hooks that bring `apply_fn=` or the like, that switch the optimizer, keep histograms, or
+        whose schedule only the host can decide.
+
+        Args:
+          state: the train state after the optimizer's update, traced or not.
+          **inputs: whatever surgeries ask for by name.
+
+        Returns:
+          The state, of the same structure.
+
+        Raises:
+          StateError: `init` has not been called, or the state has no field `surgery` or no step.
+          HookError: no hook has anything to do in graph.
+          StructureError: a fire changes the shape of a leaf, and the hook does not say so.
+        """
+        hooks, graphable = self._ordered(), self._graphable()
+        in_graph.check_not_empty(hooks, any(hook.operation.edit.observe is not None for hook in hooks))
+        in_graph.check_ready(state, graphable)
+        state = memory.observe(state, self._named(), self.seed, inputs)
+        for hook in graphable:
+            state, about = in_graph.fire(state, hook, self.seed, inputs, self.mirrors, self._collector.lying)
+            self._collector.traced[hook.name] = about
+        self._wake = -1  # a call before the trace may have thought that these hooks are the host's
+        return written(state)
+
+    def observe(self, state: Any, **inputs: Any) -> Any:
+        """What hooks do at every step, and no fires: their surgeries' `observe`. For inside the jitted train step of a
+        loop that calls the hooks after it, or a scan.
+
+        Hooks are observed in the order in which they fire; nothing is measured or recorded, slots stay as they are.
+
+        Args:
+          state: the train state, traced or not.
+          **inputs: whatever an `observe` asks for by name.
+
+        Returns:
+          The state, of the same structure.
+
+        Raises:
+          StateError: `init` has not been called.
+        """
+        return written(memory.observe(state, self._named(), self.seed, inputs))
+
+    def collect(self, state: Any) -> tuple[Record, ...]:
+        """Records the fires in graph since the last time, and reads the figures of all fires; waits for the device.
+
+        For loops that scan many steps in one call: once after each, or at least as often as `init(fires=...)` allows. A
+        loop that calls the hooks after each step need not: they do this by themselves, some steps later.
+
+        Args:
+          state: the train state.
+
+        Returns:
+          The new "settled" and "refused" records.
+
+        Raises:
+          RefusedError: the guard kept a result out, and `on_error` is "raise".
+        """
+        check_concrete(state)
+        if not self._started:
+            self._begin(step_of(state))
+        known = len(self.ledger.records)
+        self._gather(self._collector.read(self._ordered(), in_graph.buffers(state)))
+        self._settler.settle(NEVER)
+        self._rewake()
+        return tuple(one for one in self.ledger.records[known:] if one.event in ("settled", "refused"))
+
+    def _refitted(self, state: Any) -> Any:
+        """The state with room for memory and figures as its new shapes need it."""
+        before = state
+        state = memory.fitted(state, self._named(), self.seed, anew=True)
+        held = in_graph.buffers(before)
+        if held:
+            self._gather(self._collector.read(self._ordered(), held))
+            capacity = next(iter(held.values()))["steps"].shape[0]
+            state = in_graph.fitted(state, self._graphable(), capacity, self.mirrors, anew=True)
+            self._collector.renewed(before, state)
+        return state
+
+    def _graphable(self) -> list[Hook]:
+        return [hook for hook in self._ordered() if in_graph.why_on_host(hook) is None]
+
+    def _gather(self, fired: list[Fired]) -> None:
+        for one in fired:
+            self._settler.fired(one)
+
+    def _begin(self, step: int) -> None:
+        """Called at the first step that the host sees."""
+
+    def _rewake(self) -> None:
+        """Called when it is to be found out anew at which step a call has something to do."""
