@@ -16,5 +16,8 @@ from flax_surgery_hooks.testing.edits import EditRow as EditRow
 from flax_surgery_hooks.testing.laws import check as check
 from flax_surgery_hooks.testing.laws import findings as findings
 from flax_surgery_hooks.testing.optimizers import OPTIMIZERS as OPTIMIZERS
+from flax_surgery_hooks.testing.rows import Exempt as Exempt
 from flax_surgery_hooks.testing.rows import Holds as Holds
 from flax_surgery_hooks.testing.rows import OptimizerRow as OptimizerRow
+from flax_surgery_hooks.testing.stability import STABILITY as STABILITY
+from flax_surgery_hooks.testing.stability import check_stability as check_stability
