@@ -185,7 +185,9 @@ def _program(state: Trained, surgery: Any, rule: Any) -> Callable[..., Any]:
     def fire(params: Any, opt_state: Any, factor: Any) -> Any:
         bound = fsh.bind(params=params, opt_state=opt_state, tx=state.tx)
         inputs = {"factor": factor}
-        new, _ = fsh.operate(bound, surgery, params="kernel", opt_state=rule, guard="off", inputs=inputs)
+        new, _ = fsh.operate(
+            bound, surgery, params="kernel", opt_state=rule, guard="off", inputs=inputs, key=streams.key()
+        )
         return new.params, new.opt_state
 
     return jax.jit(fire)
@@ -237,7 +239,7 @@ def _loses(state: Trained, surgery: Any, rule: Any, factor: np.ndarray) -> Found
 
 def _stops(state: Trained, surgery: Any, rule: Any, factor: np.ndarray) -> Found:
     bound = fsh.bind(params=state.params, opt_state=state.opt_state, tx=state.tx)
-    after, _ = fsh.operate(bound, surgery, params="kernel", opt_state=rule, guard="off")
+    after, _ = fsh.operate(bound, surgery, params="kernel", opt_state=rule, guard="off", key=streams.key())
     without = [updates for updates, _ in state.onward(state.params, state.opt_state)]
     traced = len(state.traces)
     (first, new), *later = state.onward(after.params, after.opt_state)

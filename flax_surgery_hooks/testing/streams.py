@@ -23,6 +23,11 @@ STEPS = 5
 Tree = dict[str, Any]
 
 
+def key() -> jax.Array:
+    """The key of a fire, for edits that draw."""
+    return jax.random.key(7)
+
+
 def params_at(step: int, shape: tuple[int, ...]) -> Tree:
     """The parameters before a step: a kernel of this shape and a bias of 4."""
     rng = np.random.default_rng(0)
