@@ -12,7 +12,7 @@ from flax_surgery_hooks import slots, testing
 from flax_surgery_hooks.errors import SlotError
 from flax_surgery_hooks.paths import flatten
 from flax_surgery_hooks.testing import streams
-from flax_surgery_hooks.testing.rows import LAWS, OptimizerRow
+from flax_surgery_hooks.testing.rows import LAWS, Exempt, OptimizerRow
 
 PAGE = pathlib.Path(__file__).with_name("optimizers.md")
 _HEAD = """# Optimizers
@@ -27,6 +27,18 @@ What each optimizer keeps per parameter, and what a slot is after an edit under 
 Under `carry` every slot that is shaped like its parameter lies where its element lies, unchanged.
 Edits of the table: {edits}.
 """
+_ONWARD = """
+## Training on
+
+Laws of the next steps, for every optimizer of the table, under both rules:
+
+{laws}
+
+Where one does not hold, which the tests check too:
+
+| optimizer | law | of | edits | rules | because |
+|---|---|---|---|---|---|
+{exempt}"""
 _TAIL = """
 ## An optimizer of one's own
 
@@ -46,6 +58,7 @@ A row is a name and a function that makes the optimizer; states that optax does 
 >>> row = testing.OptimizerRow("momentum", momentum)
 >>> for rule in ("transport", "carry"):
 ...     testing.check(row, testing.EDITS["scale_rows"], rule)
+>>> testing.check_stability(row)
 
 ```
 """
@@ -58,7 +71,14 @@ def page() -> str:
     )
     table = ["| optimizer | slot | kind | layout | what holds |", "|---|---|---|---|---|"]
     lines = [line for row in testing.OPTIMIZERS.values() for line in _lines(row)]
-    return "\n".join([head, *table, *lines, _TAIL])
+    laws = "\n".join(f"- **{name}**: {law.says}." for name, law in testing.STABILITY.items())
+    exempt = "\n".join(_exempt(row, one) for row in testing.OPTIMIZERS.values() for one in row.exempt)
+    return "\n".join([head, *table, *lines, _ONWARD.format(laws=laws, exempt=exempt), _TAIL])
+
+
+def _exempt(row: OptimizerRow, one: Exempt) -> str:
+    cells = (row.name, one.law, f"`{one.fields}`", ", ".join(one.edits) or "all", ", ".join(one.rules), one.why)
+    return f"| {' | '.join(cells)} |"
 
 
 def _lines(row: OptimizerRow) -> Iterator[str]:

@@ -94,7 +94,8 @@ def probe(tx: Any, params_treedef: Any, shapes: Shapes, chosen: tuple[int, ...])
 
 
 def _probe(tx: Any, params_treedef: Any, shapes: Shapes, chosen: tuple[int, ...]) -> Probed:
-    with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    # Not `ensure_compile_time_eval`: it folds constants even in what it lowers, which older JAX cannot do in a loop.
+    with jax.core.eval_context(), jax.default_device(jax.local_devices(backend="cpu")[0]):
         leaves = [_tiny(i, *shape) if i in set(chosen) else optax.MaskedNode() for i, shape in enumerate(shapes)]
         params = jax.tree.unflatten(params_treedef, leaves)
         scaled = [[i % 2 == half or len(chosen) == 1 for i in range(len(chosen))] for half in (0, 1)]
@@ -127,15 +128,8 @@ def _run(tx: Any, params: Any, factors: jax.Array) -> tuple[Any, Any]:
     """The streams, with the first set of further arguments that the optimizer takes."""
     for arguments in ARGUMENTS[:-1]:
         with contextlib.suppress(TypeError, ValueError):
-            return _evaluated(_streams(tx, params, arguments), factors)
-    return _evaluated(_streams(tx, params, ARGUMENTS[-1]), factors)
-
-
-def _evaluated(streams: Callable[[Any], tuple[Any, Any]], factors: jax.Array) -> tuple[Any, Any]:
-    try:
-        return streams(factors)
-    except NotImplementedError:  # older JAX cannot run every loop operation by operation
-        return jax.jit(streams)(factors)
+            return _streams(tx, params, arguments)(factors)
+    return _streams(tx, params, ARGUMENTS[-1])(factors)
 
 
 def _streams(tx: Any, params: Any, arguments: tuple[str, ...]) -> Callable[[Any], tuple[Any, Any]]:

@@ -1,7 +1,8 @@
 """Laws that edits and optimizers obey, as plain functions for any test runner; imported only when asked for.
 
-Three tables and what holds between them: optimizers (`OPTIMIZERS`), edits (`EDITS`) and rules. A third party adds a row
-and inherits all the laws:
+Tables and what holds between them: optimizers (`OPTIMIZERS`), edits (`EDITS`), surgeries of the catalogue
+(`SURGERIES`) and rules; and laws of training on (`STABILITY`). A third party adds a row and inherits all the laws, an
+optimizer by `check` and `check_stability`, a surgery by `check_surgery`:
 
 >>> import optax
 >>> from flax_surgery_hooks import testing
@@ -16,5 +17,11 @@ from flax_surgery_hooks.testing.edits import EditRow as EditRow
 from flax_surgery_hooks.testing.laws import check as check
 from flax_surgery_hooks.testing.laws import findings as findings
 from flax_surgery_hooks.testing.optimizers import OPTIMIZERS as OPTIMIZERS
+from flax_surgery_hooks.testing.rows import Exempt as Exempt
 from flax_surgery_hooks.testing.rows import Holds as Holds
 from flax_surgery_hooks.testing.rows import OptimizerRow as OptimizerRow
+from flax_surgery_hooks.testing.stability import STABILITY as STABILITY
+from flax_surgery_hooks.testing.stability import check_stability as check_stability
+from flax_surgery_hooks.testing.surgeries import SURGERIES as SURGERIES
+from flax_surgery_hooks.testing.surgeries import SurgeryRow as SurgeryRow
+from flax_surgery_hooks.testing.surgeries import check_surgery as check_surgery

@@ -33,6 +33,8 @@ class EditRow:
       share: float array, its gradient over that of its source, where the model computes the same as before.
       wrong: (source, share) of a mistake that the laws must reject.
       constant: float array, what elements without source hold.
+      offset: float array, what is added to the others as a constant, of which slots know nothing.
+      like: name of the edit of the table whose laws hold after it; its own, if it is of the table.
     """
 
     name: str
@@ -43,6 +45,8 @@ class EditRow:
     share: np.ndarray
     wrong: tuple[np.ndarray, np.ndarray]
     constant: np.ndarray
+    offset: np.ndarray
+    like: str
 
     @property
     def fresh(self) -> np.ndarray:
@@ -57,7 +61,7 @@ class EditRow:
 
     def params(self, old: Any) -> np.ndarray:
         """The new leaf."""
-        return np.where(self.fresh, self.constant, self.factor * self.gather(old))
+        return np.where(self.fresh, self.constant, self.factor * self.gather(old) + self.offset)
 
     def gradient(self, old: Any, *, wrong: bool = False) -> np.ndarray:
         """The gradient of the new leaf where the model computes the same as before, 0 for fresh elements."""
@@ -80,6 +84,8 @@ def row(
     wrong_source: Any = None,
     before: tuple[int, ...] = SMALL,
     constant: Any = 0.0,
+    offset: Any = 0.0,
+    like: str = "",
 ) -> EditRow:
     """An `EditRow` whose arrays may be given as what broadcasts to the new leaf.
 
@@ -93,6 +99,8 @@ def row(
       wrong_source: sources of a mistake, by default the right ones.
       before: shape of the old leaf.
       constant: see `EditRow`.
+      offset: see `EditRow`.
+      like: see `EditRow`.
     """
     source = np.asarray(source)
 
@@ -100,7 +108,9 @@ def row(
         return np.broadcast_to(np.asarray(value, np.float64), source.shape)
 
     wrong = (source if wrong_source is None else wrong_source, full(share if wrong_share is None else wrong_share))
-    return EditRow(name, surgery, before, source, full(factor), full(share), wrong, full(constant))
+    return EditRow(
+        name, surgery, before, source, full(factor), full(share), wrong, full(constant), full(offset), like or name
+    )
 
 
 class UnequalCopies:

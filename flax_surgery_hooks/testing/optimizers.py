@@ -14,7 +14,7 @@ import jax
 import optax
 from optax import contrib
 
-from flax_surgery_hooks.testing.rows import COPIES, FRESH, SCALES, Holds, OptimizerRow
+from flax_surgery_hooks.testing.rows import COPIES, FRESH, SCALES, Exempt, Holds, OptimizerRow
 
 RATE = 0.1
 TINY = 1e-30
@@ -246,21 +246,66 @@ def _exists(name: str) -> bool:
     return needs is None or hasattr(optax, needs)
 
 
-_DETAILS: dict[str, tuple[Any, ...]] = {
+_TOLERANCE = {
     # These accumulate in float32 whatever the gradients are.
-    **dict.fromkeys(
-        ("MultiSteps", "multi_steps_done", "inject_multi_steps_adamw", "partition_of_multi_steps"), (1e-6,)
-    ),
-    "adafactor_momentum": (1e-6,),  # its momentum
-    "sam": (1e-9, ()),
-    "sm3": (1e-6,),  # its eps
-    "sophia": (1e-9, ("obj_fn",)),
-    "hutchinson_estimator_diag_hessian": (1e-9, ("obj_fn",)),
+    **dict.fromkeys(("MultiSteps", "multi_steps_done", "inject_multi_steps_adamw", "partition_of_multi_steps"), 1e-6),
+    "adafactor_momentum": 1e-6,  # its momentum
+    "sm3": 1e-6,  # its eps
 }
-"""Tolerance, and what the update asks for."""
+_ASKS = {"sam": (), **dict.fromkeys(("sophia", "hutchinson_estimator_diag_hessian"), ("obj_fn",))}
+"""What the update asks for, if not what most do."""
+
+
+def _together(fields: str) -> Exempt:
+    return Exempt("untouched", "elements share numbers with those that change", fields, (), ("transport",))
+
+
+_AGAIN = Exempt(
+    "idempotent",
+    "what is pruned again starts again from means, which two factors mix with all the rest: some percent at the second "
+    "fire, and less at each further one",
+    "*.v_*",
+    ("prune",),
+)
+_SLOW = Exempt("onward", "at first it moves by less than a weight in float32 can show", "updates")
+_FORGOTTEN = ("identity", "untouched", "extreme")
+_MEMORY = tuple(
+    Exempt(law, "its memory starts anew: it may be of another function", "*_memory*", (), ("carry",))
+    for law in _FORGOTTEN
+) + tuple(
+    Exempt(law, "so does the number of steps that it remembers", "*.count", (), ("carry",)) for law in _FORGOTTEN[:2]
+)
+_LOSS = tuple(
+    Exempt(law, "the loss of the model before says nothing of the model now", "*.value") for law in _FORGOTTEN
+)
+
+_EXEMPT: dict[str, tuple[Exempt, ...]] = {
+    **dict.fromkeys(("adafactor", "adafactor_momentum", "adafactor_plain"), (_together("*.v_*"), _AGAIN)),
+    "novograd": (_together("*.nu*"),),
+    "sm3": (_together("*.mu*"),),
+    **dict.fromkeys(("mechanize", "mechanize_adam"), (_SLOW,)),
+    "backtracking": _LOSS,
+    "hutchinson_estimator_diag_hessian": (
+        Exempt("onward", "its updates are second derivatives, which are 0 of a loss that is linear", "updates"),
+    ),
+    "lbfgs": _MEMORY,
+    "lbfgs_linesearch": (*_MEMORY, *_LOSS),
+    "rprop": (Exempt("onward", "an element does not move when its gradient has just changed sign", "updates"),),
+    "snapshot": (
+        Exempt("onward", "what it has measured keeps its old shape until the next step", "updates", ("pad",)),
+    ),
+}
+"""Laws of training on that do not hold."""
 
 OPTIMIZERS: dict[str, OptimizerRow] = {
-    name: OptimizerRow(name, make, _HOLDS.get(name, ()), *_DETAILS.get(name, ()))
+    name: OptimizerRow(
+        name,
+        make,
+        _HOLDS.get(name, ()),
+        _TOLERANCE.get(name, 1e-9),
+        _ASKS.get(name, ("value", "grad", "value_fn")),
+        _EXEMPT.get(name, ()),
+    )
     for name, make in _MAKERS.items()
     if _exists(name)
 }

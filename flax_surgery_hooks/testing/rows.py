@@ -15,6 +15,7 @@ LAWS = {
 }
 """What may hold of a slot after an edit, in words."""
 
+RULES = ("transport", "carry")
 SCALES = ("scale", "scale_rows", "scale_elements")
 COPIES = ("duplicate_in", "duplicate_out", "duplicate_unequal")
 FRESH = ("mask", "reinitialise", "pad", "slice")
@@ -43,6 +44,32 @@ class Holds:
 
 
 @dataclass(frozen=True)
+class Exempt:
+    """Where a law of training on does not hold for an optimizer. It must really fail at each of these places.
+
+    Attributes:
+      law: a key of `flax_surgery_hooks.testing.STABILITY`.
+      why: the reason, as the end of a sentence "because ...".
+      fields: pattern of the key path in the optimizer's state, such as "*.nu*", or "updates".
+      edits: names of edits of that law; () for all.
+      rules: the rules under which it does not.
+    """
+
+    law: str
+    why: str
+    fields: str = "*"
+    edits: tuple[str, ...] = ()
+    rules: tuple[str, ...] = RULES
+
+    def covers(self, problem: Any) -> bool:
+        """Whether it explains a `stability.Problem`."""
+        here = (
+            problem.law == self.law and problem.rule in self.rules and problem.edit in (self.edits or (problem.edit,))
+        )
+        return here and fnmatch.fnmatchcase(problem.field, self.fields)
+
+
+@dataclass(frozen=True)
 class OptimizerRow:
     """An optimizer set-up that the laws are checked on.
 
@@ -52,6 +79,7 @@ class OptimizerRow:
       holds: what holds where equality with a rebuilt state does not; the first that matches counts.
       tolerance: how far from equality, relative.
       asks: what its `update` takes beside the parameters, of "value", "grad", "value_fn" and "obj_fn".
+      exempt: which laws of training on do not hold, and why; a closed list.
 
     >>> import optax
     >>> OptimizerRow("adam", lambda: optax.adam(0.1)).law("scale", "transport", "ScaleByAdamState.mu").law
@@ -63,6 +91,7 @@ class OptimizerRow:
     holds: tuple[Holds, ...] = ()
     tolerance: float = 1e-9
     asks: tuple[str, ...] = ("value", "grad", "value_fn")
+    exempt: tuple[Exempt, ...] = ()
 
     def law(self, edit: str, rule: str, field: str) -> Holds:
         """What holds of a field ("Class.field") after an edit (its name) under a rule."""

@@ -23,6 +23,11 @@ STEPS = 5
 Tree = dict[str, Any]
 
 
+def key() -> jax.Array:
+    """The key of a fire, for edits that draw."""
+    return jax.random.key(7)
+
+
 def params_at(step: int, shape: tuple[int, ...]) -> Tree:
     """The parameters before a step: a kernel of this shape and a bias of 4."""
     rng = np.random.default_rng(0)
@@ -36,13 +41,19 @@ def gradient_at(step: int, shape: tuple[int, ...]) -> Tree:
     return {"kernel": rng.normal(size=shape), "bias": rng.normal(size=4)}
 
 
+@functools.lru_cache(maxsize=64)
+def transforms(rows: tuple[OptimizerRow, ...]) -> tuple[Any, ...]:
+    """The optimizers of rows, made once."""
+    return tuple(optax.with_extra_args_support(row.make()) for row in rows)
+
+
 def beside(rows: Sequence[OptimizerRow]) -> Any:
     """One `GradientTransformation` that runs several on the same gradients; its updates are those of the first.
 
     The fields of its state are r0, r1, ...: each optimizer lies in its own, in the context that it has alone.
     """
     held = collections.namedtuple("SideBySide", [f"r{place}" for place in range(len(rows))])  # type: ignore[misc]
-    made = [optax.with_extra_args_support(row.make()) for row in rows]
+    made = transforms(tuple(rows))
 
     def init(params: Any) -> Any:
         return held(*(tx.init(params) for tx in made))

@@ -1,0 +1,184 @@
+"""The table of surgeries: those of the catalogue that edit parameters, each with what it does written out in NumPy.
+
+A surgery is an edit whose numbers depend on the kernel that it is given; on the recorded one it is an `EditRow`, so
+that the laws of edits hold for it, and those of training on.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_surgery_hooks import surgeries
+from flax_surgery_hooks.testing import laws, stability, streams
+from flax_surgery_hooks.testing.edits import FRESH, SMALL, EditRow
+from flax_surgery_hooks.testing.edits import row as edit_row
+from flax_surgery_hooks.testing.optimizers import OPTIMIZERS
+from flax_surgery_hooks.testing.rows import RULES, OptimizerRow
+
+REPRESENTATIVES = (
+    "adafactor", "adam", "adamax", "lion", "masked", "momentum", "MultiSteps", "rmsprop_momentum",
+    "schedule_free_adamw",
+)  # fmt: skip
+"""Optimizers that have between them a slot of each kind and two layouts, a mask, and a count of steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class SurgeryRow:
+    """A surgery that the laws are checked on.
+
+    Attributes:
+      name: of the row, unique.
+      surgery: what `fsh.operate` is given; it may draw with `key`.
+      oracle: from a kernel (float64, [3, 4]) to what the surgery does to it, in NumPy: keyword arguments of
+        `flax_surgery_hooks.testing.edits.row`. `factor` is what elements are multiplied by, `share` what their gradient
+        is multiplied by where the model computes the same (1 / factor), `wrong_share` a mistake of it that must show,
+        `offset` what is added as a constant, `constant` what elements without history hold, `source` which those are
+        (-1) and whence the others come. What is left out is that of an edit that changes nothing.
+      like: name of the edit of `EDITS` whose laws hold for each optimizer: "scale" for one factor, "scale_rows" for
+        some, "reinitialise" where elements have no history.
+      rules: the rules that it can be used with.
+      idempotent: whether the second fire changes no slot, bitwise.
+
+    A row of one's own inherits every law:
+
+    >>> row = SurgeryRow(
+    ...     "halve", lambda kernel: kernel / 2, lambda kernel: {"factor": 0.5, "share": 2.0, "wrong_share": 0.5}
+    ... )
+    >>> check_surgery(row, ["momentum"])
+    """
+
+    name: str
+    surgery: Any
+    oracle: Callable[[np.ndarray], Mapping[str, Any]]
+    like: str = "scale"
+    rules: tuple[str, ...] = RULES
+    idempotent: bool = False
+
+    @functools.cached_property
+    def edit(self) -> EditRow:
+        """What it does to the recorded kernel."""
+        with streams.enable_x64(True):
+            kernel = streams.params_at(streams.STEPS, SMALL)["kernel"]
+            said: dict[str, Any] = {"source": np.arange(kernel.size).reshape(SMALL), "like": self.like}
+            said |= self.oracle(kernel)
+            return edit_row(self.name, self.surgery, **said)
+
+
+def check_surgery(row: SurgeryRow, optimizers: Sequence[str] = REPRESENTATIVES) -> None:
+    """Checks all that holds of a surgery, under each of its rules and for each of these optimizers.
+
+    The new parameters and every slot are what the oracle says, in float64: under "transport" those of the optimizer run
+    on gradients mapped by hand, under "carry" those of its element. A mistake in the oracle's shares shows. Then
+    training goes on, as after every edit.
+
+    Args:
+      row: the surgery.
+      optimizers: keys of `OPTIMIZERS`.
+
+    Raises:
+      AssertionError: something is not what the row says.
+      SurgeryError: what `fsh.operate` raises.
+    """
+    rows = tuple(OPTIMIZERS[name] for name in optimizers)
+    for rule in row.rules:
+        wrong = list(complaints(row, rows, rule))
+        if wrong:
+            raise AssertionError(f"{row.name} under {rule}: " + "; ".join(wrong))
+
+
+def complaints(row: SurgeryRow, rows: tuple[OptimizerRow, ...], rule: str) -> Iterator[str]:
+    """What is wrong with a surgery under a rule, in words; see `check_surgery`."""
+    for name, finding in laws.findings(rows, row.edit, rule).items():
+        yield from (f"{name}: {problem}" for problem in finding.problems)
+        yield from (f"{name}: {slot} would not show a mistake" for slot in finding.undetected)
+    for name in ("onward", *(["idempotent"] if row.idempotent else [])):
+        law = stability.Law(stability.STABILITY[name].says, {row.name: row.surgery}, stability.STABILITY[name].found)
+        for each, found in stability.problems(rows, name, law, rule).items():
+            yield from (f"{each}: {name}: {one.field} {one.says}" for one in found)
+
+
+# The catalogue
+
+
+def _scaling(factor: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], dict[str, Any]]:
+    """The oracle of a surgery that multiplies by what it reads off the kernel: the mistake is the factor as share."""
+
+    def oracle(kernel: np.ndarray) -> dict[str, Any]:
+        by = np.asarray(factor(kernel), np.float64)
+        return {"factor": by, "share": 1 / by, "wrong_share": 1.5 * by}
+
+    return oracle
+
+
+def _norms(kernel: np.ndarray) -> np.ndarray:
+    return np.sqrt((kernel**2).sum(axis=0, keepdims=True))
+
+
+def _drawn(key: jax.Array) -> np.ndarray:
+    return np.asarray(jax.random.normal(key, SMALL, jnp.float64))
+
+
+def _noise(std: float, relative: bool) -> Callable[[np.ndarray], dict[str, Any]]:
+    def oracle(kernel: np.ndarray) -> dict[str, Any]:
+        size = np.sqrt(np.mean(kernel**2)) if relative else 1.0
+        key = jax.random.fold_in(streams.key(), zlib.crc32(b"kernel"))
+        return {"offset": std * size * _drawn(key), "wrong_share": 2.0}
+
+    return oracle
+
+
+def _anew(values: Callable[[], Any]) -> Callable[[np.ndarray], dict[str, Any]]:
+    return lambda kernel: {"source": np.full(SMALL, FRESH), "constant": values()}
+
+
+_VALUES = 0.1 * np.arange(1.0, 5.0)
+_initial = jax.nn.initializers.normal(0.1)
+
+
+def _model(key: jax.Array) -> dict[str, jax.Array]:
+    return {"kernel": 0.1 * jax.random.normal(key, SMALL), "bias": jnp.zeros(4)}
+
+
+_TABLE = (
+    SurgeryRow("Scale", surgeries.Scale(-0.5), _scaling(lambda kernel: -0.5)),
+    SurgeryRow("Normalize", surgeries.Normalize(), _scaling(lambda kernel: 1 / np.linalg.norm(kernel))),
+    SurgeryRow(
+        "Normalize_axis", surgeries.Normalize(axis=0, to=2.0), _scaling(lambda kernel: 2 / _norms(kernel)), "scale_rows"
+    ),
+    SurgeryRow(
+        "ClipNorm",
+        surgeries.ClipNorm(1.5),
+        _scaling(lambda kernel: min(1.0, 1.5 / np.linalg.norm(kernel))),
+        idempotent=True,
+    ),
+    SurgeryRow(
+        "ClipNorm_axis",
+        surgeries.ClipNorm(1.3, axis=0),
+        _scaling(lambda kernel: np.minimum(1.0, 1.3 / _norms(kernel))),
+        "scale_rows",
+        idempotent=True,
+    ),
+    SurgeryRow("Noise", surgeries.Noise(0.1), _noise(0.1, relative=True)),
+    SurgeryRow("Noise_absolute", surgeries.Noise(0.1, relative=False), _noise(0.1, relative=False)),
+    SurgeryRow("Assign", surgeries.Assign(_VALUES), _anew(lambda: _VALUES), "reinitialise"),
+    SurgeryRow(
+        "Reinit",
+        surgeries.Reinit(initializer=_initial),
+        _anew(lambda: 0.1 * _drawn(jax.random.fold_in(streams.key(), zlib.crc32(b"kernel")))),
+        "reinitialise",
+    ),
+    SurgeryRow(
+        "Reinit_model", surgeries.Reinit(init=_model), _anew(lambda: 0.1 * _drawn(streams.key())), "reinitialise"
+    ),
+)
+
+SURGERIES: dict[str, SurgeryRow] = {row.name: row for row in _TABLE}
+"""The rows by name."""
