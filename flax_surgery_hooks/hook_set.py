@@ -46,6 +46,7 @@ class HookSet:
         apply_fn: Callable[..., Any] | None = None,
         tx: Any = None,
         on_reshape: Callable[[Any, Record], Any] | None = None,
+        shardings: Callable[[str, Any], Any] | None = None,
     ) -> None:
         """Registers a hook.
 
@@ -68,6 +69,9 @@ class HookSet:
           apply_fn: for a surgery that changes shapes: the model function that goes with the new ones.
           tx: likewise the optimizer, if it has to be another object; its states must have the same structure.
           on_reshape: likewise `on_reshape(state, record) -> None or a state`, for what the trainer has to rebuild.
+          shardings: likewise `shardings(path, leaf) -> a sharding, a PartitionSpec on the leaf's mesh, or None`: where
+            leaves go whose shape changes, and their slots of that shape; `leaf` has shape and dtype of the new one. By
+            default as its box names the mesh axes, else by the spec of the old one.
 
         Raises:
           HookError: the name is taken or malformed.
@@ -85,7 +89,7 @@ class HookSet:
                 surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
                 figures=bool(figures), histograms=bool(histograms), fields=fields,
             )  # fmt: skip
-        reshape = Reshape(apply_fn, tx, on_reshape)
+        reshape = Reshape(apply_fn, tx, on_reshape, shardings)
         self._hooks[name] = Hook(name, operation, when, priority, self._registered, reshape)
         self._registered += 1
         self._added(self._hooks[name])

@@ -19,10 +19,12 @@ from flax_surgery_hooks.operate import bind_inputs
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.passes import Program
 from flax_surgery_hooks.paths import listed
+from flax_surgery_hooks.placement import off_mesh
 from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, find
 from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
 from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
+from flax_surgery_hooks.targets import placer
 from flax_surgery_hooks.traced_hooks import TracedHooks
 from flax_surgery_hooks.train_state import written
 from flax_surgery_hooks.watching import WATCHING, Watching
@@ -294,7 +296,8 @@ class SurgeryHooks(TracedHooks):
         for name in unchecked:
             self._check(self._hooks[name], state, inputs)
         try:
-            check_ahead(self._ordered(), self._last, state, inputs, self.seed, self.mirrors)
+            with off_mesh(state):
+                check_ahead(self._ordered(), self._last, state, inputs, self.seed, self.mirrors)
         except BaseException:
             self._unchecked.update(unchecked)  # a call that tries again is told again
             raise
@@ -307,7 +310,8 @@ class SurgeryHooks(TracedHooks):
             operation, arrays = bind_inputs(hook.operation, inputs)
             key = fires.fire_key(operation, self.seed, hook.name, 0, 0)
             held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
-            fires.prepare(self._compiled(hook, operation), held, hook.name, key, 0, arrays, reshape)
+            with off_mesh(state):
+                fires.prepare(self._compiled(hook, operation, held), held, hook.name, key, 0, arrays, reshape)
         self._unchecked.discard(hook.name)
 
     def _fire(
@@ -325,11 +329,12 @@ class SurgeryHooks(TracedHooks):
             operation, arrays = bind_inputs(hook.operation, inputs)
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)
-            programs = self._compiled(hook, operation)
             held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
-            held, fired = fires.fire(
-                programs, held, hook.name, key, step, arrays, reshape, commit=commit, donate=donate
-            )
+            programs = self._compiled(hook, operation, held)
+            with off_mesh(state):
+                held, fired = fires.fire(
+                    programs, held, hook.name, key, step, arrays, reshape, commit=commit, donate=donate
+                )
             state = original(held)
             seconds = time.perf_counter() - start
             triggers = self._watching.triggers(hook.name)
@@ -342,10 +347,11 @@ class SurgeryHooks(TracedHooks):
             self._counts[hook.name, step] = count + 1
         return state, replace(fired, record=record)
 
-    def _compiled(self, hook: Hook, operation: Operation) -> Programs:
+    def _compiled(self, hook: Hook, operation: Operation, state: Any) -> Programs:
         by_static = self._programs[hook.name]
         if operation.static not in by_static:
-            by_static[operation.static] = Programs(operation)
+            place = placer(hook.reshape.shardings, state.params) if hook.reshape.declared else None
+            by_static[operation.static] = Programs(operation, place)
         return by_static[operation.static]
 
     def _record(self, fired: list[Fired]) -> None:

@@ -19,9 +19,10 @@ from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's s
 from flax_surgery_hooks.committing import commit
 from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError
 from flax_surgery_hooks.ledger import Record
-from flax_surgery_hooks.mirrors import checked, original, view
+from flax_surgery_hooks.mirrors import Mirrors, checked, original, view
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
+from flax_surgery_hooks.placement import off_mesh
 from flax_surgery_hooks.planning import arrays_of, plan_units
 from flax_surgery_hooks.programs import Arrays, Measured, Programs, choose
 from flax_surgery_hooks.relaid import restarted
@@ -80,12 +81,19 @@ def operate(
     >>> state.params["w"].tolist(), float(record.figures["params/relative_change"])
     ([0.5, 0.5, 0.5], 0.5)
     """
-    start = time.perf_counter()
     take_apart(state)
     operation = make_operation(
         surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
         fields=fields,
     )  # fmt: skip
+    with off_mesh(state):
+        return _operate(state, operation, key, step, inputs, checked(mirrors))
+
+
+def _operate(
+    state: Any, operation: Operation, key: Any, step: Any, inputs: Mapping[str, Any] | None, mirrors: Mirrors
+) -> tuple[Any, Record]:
+    start = time.perf_counter()
     operation, traced_inputs = bind_inputs(operation, inputs or {})
     if operation.edit.takes("memory"):
         raise StateError(
@@ -99,7 +107,7 @@ def operate(
     if operation.edit.edit_optimizer is not None:
         ran = optimizer_edits.run(operation, state, key, step, traced_inputs)
         return ran.state, dataclasses.replace(ran.record, event="settled", seconds=time.perf_counter() - start)
-    state = view(state, checked(mirrors), operation.fields)
+    state = view(state, mirrors, operation.fields)
     parts = take_apart(state)
     plan = plan_units(operation, parts, key, traced_inputs)
     arrays = [arrays_of(unit, parts) for unit in plan]

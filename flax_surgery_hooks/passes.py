@@ -81,14 +81,18 @@ class Passes:
       donating: the same pass, which takes the memory of its first argument.
       after: the shapes of what the second pass makes.
       in_place: whether slots stay in place because the edit mixes.
+      targets: where the outcome of the second pass goes, None where it is there already.
     """
 
-    def __init__(self, first: Any, second: Any, donating: Any, arrays: Any, after: Any, in_place: bool):
+    def __init__(
+        self, first: Any, second: Any, donating: Any, arrays: Any, after: Any, in_place: bool, targets: Any = None
+    ):
         self.first = first
         self.second = second
         self.donating = donating
         self.after = after
         self.in_place = in_place
+        self.targets = targets
         self._leaves = tuple(map(_described, arrays.params)), tuple(map(_described, arrays.slots))
         self._served = 0
         self._measured: Any = None

@@ -22,17 +22,9 @@ from flax_surgery_hooks.errors import StructureError, SurgeryError
 from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
 from flax_surgery_hooks.passes import Passes
 from flax_surgery_hooks.perform import Edited, examine, perform
-from flax_surgery_hooks.placement import (
-    as_before,
-    auto_axes,
-    beside,
-    is_auto,
-    like_neighbours,
-    out_sharding,
-    placement,
-    relabelled,
-)
+from flax_surgery_hooks.placement import auto_axes, check_together, is_auto, placement, relabelled
 from flax_surgery_hooks.reductions import Places, across, places_of
+from flax_surgery_hooks.targets import Place, moved, targets
 from flax_surgery_hooks.verdicts import rows_of
 
 ANY_LEAF = "<leaf>"
@@ -95,16 +87,22 @@ class Programs:
     Attributes:
       operation: the surgery and its rules.
       compiled: signature, shapes and placement -> the two passes.
+
+    Args:
+      operation: likewise.
+      place: see `targets.targets`.
     """
 
-    def __init__(self, operation: Operation):
+    def __init__(self, operation: Operation, place: Place | None = None):
         self.operation = operation
+        self._place = place
         self.compiled: dict[Hashable, Passes] = {}
         self._signatures: dict[Hashable, Signature] = {}
         self._common: dict[Hashable, Unit] = {}  # holds them, so that keys may use their `id`: hashing slots is slow
         self._reshapes = False
         rules = [operation.rules.default, *(rule for _, rule in operation.rules.by_kind)]
-        self._by_path = operation.edit.many or operation.edit.takes("path") or any(map(callable, rules))
+        asks = operation.edit.takes("path") or any(map(callable, rules)) or place is not None
+        self._by_path = operation.edit.many or asks
 
     def ready(self, unit: Unit, arrays: Arrays, fire: Fire, *, may_reshape: bool) -> Ready:
         """`prepare`, with the programs for these values; nothing is compiled yet."""
@@ -142,12 +140,15 @@ class Programs:
         if key in self._signatures:
             return self._signatures[key]
         with _own_path(unit):
+            check_together(self.operation.edit.name, unit.paths, jax.tree.leaves(arrays))
             placed = relabelled(arrays)
             in_place = False
             if follows(self.operation, common):
                 in_place = examine(self.operation, common, placed.params, fire._replace(memory=placed.memory))
             after, reshapes = foreseen(self.operation, common, in_place, placed, fire, may_reshape=may_reshape)
             self._reshapes |= reshapes
+            if reshapes:
+                targets(unit, arrays, after, self._place)  # raises where the new shapes cannot lie
         self._signatures[key] = Signature(common, in_place, after)
         return self._signatures[key]
 
@@ -175,7 +176,7 @@ class Programs:
         """
         with _own_path(ready.unit):
             new = ready.passes.edit(ready.placed, fire, seeds, ok, donate=donate)
-        return new if ready.placed is ready.arrays else _placed(ready.unit, ready.arrays, new)
+        return new if ready.passes.targets is None else moved(new, ready.passes.targets)
 
     def _stand_in(self, unit: Unit) -> Unit:
         """The unit that stands for all of its signature; itself where the path matters to the surgery."""
@@ -187,14 +188,19 @@ class Programs:
         return common
 
     def _passes(self, signature: Signature, unit: Unit, arrays: Arrays, placed: Arrays) -> Passes:
-        places = _out_shardings(unit, arrays, signature.after)
+        params, slots, memory = targets(unit, arrays, signature.after, self._place)
+        wanted = Arrays(tuple(params), tuple(slots), memory)
+        places = jax.tree.map(auto_axes, wanted)
         lie = _places(placed, signature.after, places)
         known = (self.operation, signature.common, signature.in_place, lie)
         first, edit = functools.partial(measuring, *known), functools.partial(editing, *known)
         everywhere: Any = Measured(_everywhere(placed), None)  # type: ignore[arg-type]
         measure = jax.jit(first, out_shardings=everywhere)
         second, donating = (jax.jit(edit, out_shardings=places, donate_argnums=which) for which in ((), 0))
-        return Passes(measure, second, donating, placed, signature.after, signature.in_place)
+        relabels = any(one is not auto_axes(one) for one in jax.tree.leaves(wanted))
+        return Passes(
+            measure, second, donating, placed, signature.after, signature.in_place, wanted if relabels else None
+        )
 
 
 def foreseen(
@@ -263,21 +269,6 @@ def _generic(unit: Unit) -> Unit:
     return Unit((ANY_LEAF,), (0,), slots)
 
 
-def _out_shardings(unit: Unit, arrays: Arrays, after: Arrays) -> Arrays:
-    """What `jit` is told of where new leaves, slots and memory go."""
-    others = auto_axes(beside(arrays.params)) if unit.other is not None else None
-
-    def place(before: Any, new: Any) -> Any:
-        return others if before is None else out_sharding(before, new.shape)
-
-    params, slots = _before(unit, arrays)
-    return Arrays(
-        tuple(map(place, params, after.params)),
-        tuple(map(place, slots, after.slots)),
-        jax.tree.map(place, arrays.memory, after.memory),
-    )
-
-
 def _everywhere(arrays: Arrays) -> NamedSharding | None:
     """Where figures go, so that every process can read them: to all devices of the leaves' mesh."""
     shardings = [leaf.sharding for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array) and leaf.committed]
@@ -290,27 +281,6 @@ def _places(before: Arrays, after: Arrays, shardings: Arrays) -> Places:
     old = [(leaf.shape, leaf.sharding) for leaf in jax.tree.leaves(before) if isinstance(leaf, jax.Array)]
     given = jax.tree.leaves(tuple(shardings), is_leaf=lambda sharding: sharding is None)
     return places_of([*old, *((leaf.shape, one) for leaf, one in zip(jax.tree.leaves(after), given, strict=True))])
-
-
-def _placed(unit: Unit, arrays: Arrays, new: Arrays) -> Arrays:
-    """New leaves, slots and memory under the shardings of the old ones."""
-
-    def place(before: Any, after: Any) -> Any:
-        return like_neighbours(arrays.params, after) if before is None else as_before(before, after)
-
-    params, slots = _before(unit, arrays)
-    return Arrays(
-        tuple(map(place, params, new.params)),
-        tuple(map(place, slots, new.slots)),
-        jax.tree.map(as_before, arrays.memory, new.memory),
-    )
-
-
-def _before(unit: Unit, arrays: Arrays) -> tuple[list[Any], list[Any]]:
-    """For each leaf and slot after the edit the one before it at the same path, or None."""
-    old = dict(zip(unit.paths, arrays.params, strict=True))
-    slots = [None if i is None else arrays.slots[i] for i in unit.origins()]
-    return [old.get(path) for path in unit.after.paths], slots
 
 
 def choose(ok: Any, new: Arrays, old: Arrays) -> Arrays:

@@ -22,6 +22,7 @@ class Reshape:
     Attributes:
       apply_fn: replaces `state.apply_fn`, or None.
       tx: replaces `state.tx`, or None; its `init` must make an optimizer state of the same structure.
+      shardings: from path and new shape of a leaf to where it goes, or None; see `targets.Place`.
       on_reshape: `on_reshape(state, record)`, called after a fire that changed shapes, for what the trainer has to
         rebuild (a jitted step that closes over the model, shardings, an EMA). Returns None or another state.
     """
@@ -29,11 +30,12 @@ class Reshape:
     apply_fn: Callable[..., Any] | None = None
     tx: Any = None
     on_reshape: Callable[[Any, Record], Any] | None = None
+    shardings: Callable[[str, Any], Any] | None = None
 
     @property
     def declared(self) -> bool:
         """Whether the hook says that it changes shapes."""
-        return any(part is not None for part in (self.apply_fn, self.tx, self.on_reshape))
+        return any(part is not None for part in (self.apply_fn, self.tx, self.on_reshape, self.shardings))
 
     def check(self, state: Any) -> None:
         """Raises if the hook brings what this state has no place for.

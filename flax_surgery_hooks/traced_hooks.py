@@ -12,6 +12,7 @@ from flax_surgery_hooks.errors import HookError
 from flax_surgery_hooks.hook_set import HookSet
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.mirrors import Mirrors
+from flax_surgery_hooks.placement import off_mesh
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.settling import NEVER, Fired, Settler
 from flax_surgery_hooks.steps import check_concrete, step_of
@@ -50,8 +51,9 @@ class TracedHooks(HookSet):
         """
         if isinstance(fires, bool) or not isinstance(fires, int) or fires < 0:
             raise HookError("init(fires=...) is a number of fires.", found=repr(fires), write="hooks.init(state)")
-        state = memory.fitted(state, self._named(), self.seed)
-        state = written(in_graph.fitted(state, self._graphable(), fires, self.mirrors))
+        with off_mesh(state):
+            state = memory.fitted(state, self._named(), self.seed)
+            state = written(in_graph.fitted(state, self._graphable(), fires, self.mirrors))
         self._collector.begin(state)
         return state
 
