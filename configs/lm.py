@@ -17,6 +17,7 @@ RULES = (
     ("vocab", "tensor"),
     ("layers", None),
     ("length", None),
+    ("features", None),  # of the embedding: looked up by tokens that lie elsewhere
     ("head_features", None),
     ("norm", None),
 )
@@ -27,9 +28,9 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     if variant not in ("small", "tiny"):
         raise ValueError(f"No variant {variant!r}. Write configs/lm.py:small or configs/lm.py:tiny.")
     config = common()
+    config.surgery = surgery(config)
     if variant == "tiny":
         shrink(config)
-    config.surgery = surgery(config)
     return config
 
 
@@ -37,11 +38,11 @@ def common() -> ml_collections.ConfigDict:
     """Everything but the hooks."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.num_steps = 3_000
-    config.eval_every = 100
+    config.num_steps = 4_000
+    config.eval_every = 200
     config.eval_windows = 256  # of the curve; the last figure is of all held-out bytes
-    config.checkpoint_every = 250
-    config.batch_size = 16  # windows of one train step, over all processes and devices
+    config.checkpoint_every = 500
+    config.batch_size = 8  # windows of one train step, over all processes and devices
     config.accumulation = 1  # microbatches whose gradients are averaged for one update ...
     config.accumulate = "scan"  # ... of one train step, or "multi_steps": of as many train steps, by `optax.MultiSteps`
     config.learning_rate = 3e-3
@@ -57,10 +58,10 @@ def common() -> ml_collections.ConfigDict:
     config.model.length = 256
     config.model.width = 128
     config.model.layers = 4
-    config.model.heads = 4
+    config.model.heads = 2
     config.model.mlp = 512
     config.model.positions = "rope"  # or "learned"
-    config.model.scan_layers = True
+    config.model.scan_layers = False  # True: one stack of parameters; compiles faster, and on CPU trains slower
     config.model.tied = False
     config.model.dtype = "float32"  # or "bfloat16": what is computed in; parameters are float32
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all other devices
@@ -73,7 +74,8 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     config.num_steps, config.eval_every, config.checkpoint_every = 12, 4, 6
     config.eval_windows, config.batch_size, config.warmup_steps = 8, 8, 2
     config.data.max_files, config.data.held_out = 24, 0.25
-    config.model.update(length=32, width=32, layers=2, heads=2, mlp=64)
+    config.surgery.calm.every_fraction = 0.25
+    config.model.update(length=32, width=32, layers=2, heads=2, mlp=64, scan_layers=True)
 
 
 def surgery(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -86,6 +88,8 @@ def surgery(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         "clip_norm", params="**/{query,key}/kernel", axis=-3, max_norm=2.0, every_fraction=0.1, **steps
     )
     # Shrink and perturb: kernels become smaller, then noise is added.
-    hooks.shrink = fsh.config.hook("scale", params="**/mlp/*/kernel", factor=0.8, at_fraction=(0.5,), priority=1, **steps)
+    hooks.shrink = fsh.config.hook(
+        "scale", params="**/mlp/*/kernel", factor=0.8, at_fraction=(0.5,), priority=1, **steps
+    )
     hooks.perturb = fsh.config.hook("noise", params="**/mlp/*/kernel", std=0.1, at_fraction=(0.5,), **steps)
     return hooks

@@ -22,7 +22,15 @@ import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from lm_data import Loader, held_out_windows, split
 from lm_ngram import NGram
-from lm_train import batch_sharding, create_state, make_evaluate, make_partitioning, make_train_step, microbatches
+from lm_train import (
+    batch_sharding,
+    create_state,
+    make_evaluate,
+    make_partitioning,
+    make_train_step,
+    microbatches,
+    paced,
+)
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -153,8 +161,8 @@ def restored(manager: ocp.CheckpointManager, state: fsh.TrainState) -> tuple[int
 # Training
 
 
-def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
-    """Trains, leaves everything in `workdir` and returns the scores, in bits per byte."""
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[fsh.TrainState, dict[str, float]]:
+    """Trains, leaves everything in `workdir` and returns the state and the scores, in bits per byte."""
     is_first = jax.process_index() == 0
     partitioning, data = make_partitioning(config), load_data(config)
     writer = fsh.metrics.create_default_writer(workdir, just_logging=not is_first)
@@ -164,16 +172,17 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     evaluate = make_evaluate(state, partitioning, min(64, config.eval_windows))
     sharding, parts = batch_sharding(partitioning), microbatches(config)
     with open_checkpoints(config, workdir) as checkpoints:
-        start, state = restored(checkpoints, state)
-        curve = Curve(workdir / "curve.jsonl" if is_first else None, start)
+        done, state = restored(checkpoints, state)
+        curve = Curve(workdir / "curve.jsonl" if is_first else None, done)
         pending: list[jax.Array] = []  # losses still on the device: reading one would wait for its step
-        steps = range(start, config.num_steps)
+        steps = range(done, config.num_steps)
         quiet = None if is_first else True  # None: quiet unless on a terminal
         bar = tqdm(
-            steps, initial=start, total=config.num_steps, desc="train", unit="step", disable=quiet, dynamic_ncols=True
+            steps, initial=done, total=config.num_steps, desc="train", unit="step", disable=quiet, dynamic_ncols=True
         )
         for step in bar:
             state, metrics = train_step(state, data.loader.batch(step, sharding, parts))
+            paced(metrics)
             state = hooks(step + 1, state, metrics=metrics)
             pending.append(metrics["loss"])
             if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
@@ -190,19 +199,25 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         scores |= {"lm/sample": curve.rows[-1]["held_out"], **baseline(config, data)}
         (workdir / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
         lm_plots.draw(workdir / "lm.png", curve.rows, read_fires(workdir / "ledger.jsonl"), scores)
-    return scores
+    return state, scores
 
 
-def main(argv: list[str]) -> None:
-    """Runs the training that the flags describe."""
+def start(argv: list[str]) -> pathlib.Path:
+    """Joins the other processes, if there are any, and returns the work directory."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     if NUM_PROCESSES.value > 1:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     workdir = pathlib.Path(WORKDIR.value).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
+    return workdir
+
+
+def main(argv: list[str]) -> None:
+    """Runs the training that the flags describe."""
+    workdir = start(argv)
     started = time.perf_counter()
-    scores = train(CONFIG.value, workdir)
+    _, scores = train(CONFIG.value, workdir)
     if jax.process_index() == 0:
         seconds = time.perf_counter() - started
         others = f"; {CONFIG.value.ngram_order}-gram {scores['ngram/held_out']:.4f}" if CONFIG.value.ngram_order else ""

@@ -144,12 +144,12 @@ class Transformer(Part):
             config.vocab,
             config.width,
             dtype=dtype,
-            embedding_init=nn.with_logical_partitioning(small, ("vocab", "embed")),
+            embedding_init=nn.with_logical_partitioning(small, ("vocab", "features")),
             name="embed",
         )
         x = embed(tokens)
         if config.positions == "learned":
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("length", "embed"))
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("length", "features"))
             positions = self.param("positions", init, (config.length, config.width))
             x = x + jnp.asarray(positions, dtype)[None, : tokens.shape[1]]
         x = self.norm("out_norm")(self.blocks(self.at(x, "batch", "length", None))).astype(dtype)

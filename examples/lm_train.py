@@ -45,9 +45,7 @@ def make_partitioning(config: ml_collections.ConfigDict) -> Partitioning:
 
 def sharding_of(partitioning: Partitioning, *names: str | None) -> NamedSharding:
     """How an array lies whose axes have these logical names; none for one copy on each device."""
-    return nn.logical_to_mesh_sharding(
-        jax.sharding.PartitionSpec(*names), partitioning.mesh, list(partitioning.rules)
-    )
+    return nn.logical_to_mesh_sharding(jax.sharding.PartitionSpec(*names), partitioning.mesh, list(partitioning.rules))
 
 
 def microbatches(config: ml_collections.ConfigDict) -> int:
@@ -154,6 +152,16 @@ def batch_sharding(partitioning: Partitioning) -> NamedSharding:
     return sharding_of(partitioning, None, "batch", None)
 
 
+def paced(values: Any) -> None:
+    """On CPU, waits for these; elsewhere the host runs ahead of the devices.
+
+    Virtual devices share the threads of a processor: collectives of two programs at once can each hold threads that the
+    other one waits for.
+    """
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(values)
+
+
 # Evaluation
 
 
@@ -179,7 +187,7 @@ def make_evaluate(
         for start in range(0, len(windows), size):
             part = windows[np.arange(start, start + size) % len(windows)]
             placed = jax.make_array_from_callback(part.shape, lying, functools.partial(np.ndarray.__getitem__, part))
-            results.append(run(state.params, placed))
-        return np.concatenate(jax.device_get(results))[: len(windows)]
+            results.append(jax.device_get(run(state.params, placed)))  # one at a time, see `paced`
+        return np.concatenate(results)[: len(windows)]
 
     return evaluate
