@@ -1,4 +1,4 @@
-"""Config of examples/lm.py; `--config=configs/lm.py:small` is the trained model, `configs/lm.py:tiny` one of seconds."""
+"""Config of examples/lm.py: `configs/lm.py:small` is the trained model, `configs/lm.py:tiny` a run of seconds."""
 
 from __future__ import annotations
 
@@ -88,8 +88,7 @@ def surgery(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         "clip_norm", params="**/{query,key}/kernel", axis=-3, max_norm=2.0, every_fraction=0.1, **steps
     )
     # Shrink and perturb: kernels become smaller, then noise is added.
-    hooks.shrink = fsh.config.hook(
-        "scale", params="**/mlp/*/kernel", factor=0.8, at_fraction=(0.5,), priority=1, **steps
-    )
-    hooks.perturb = fsh.config.hook("noise", params="**/mlp/*/kernel", std=0.1, at_fraction=(0.5,), **steps)
+    where = {"params": "**/mlp/*/kernel", "at_fraction": (0.5,), **steps}
+    hooks.shrink = fsh.config.hook("scale", factor=0.8, priority=1, **where)
+    hooks.perturb = fsh.config.hook("noise", std=0.1, **where)
     return hooks

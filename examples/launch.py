@@ -2,9 +2,9 @@
 
     python examples/launch.py --processes=2 --devices=4 -- examples/lm.py --config=configs/lm.py:tiny --workdir=runs/two
 
-Each process runs the program with --coordinator, --num_processes and --process_id added, and sees `--devices` virtual CPU
-devices. Their output is printed with the number of the process before each line. When one fails, or the time is over,
-the others are stopped.
+Each process runs the program with --coordinator, --num_processes and --process_id added, and sees `--devices` virtual
+CPU devices. What they print gets the number of the process before each line. When one fails, or the time is over, the
+others are stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def environment(devices: int | None) -> dict[str, str]:
-    """The variables of a process: with a number of devices these are virtual ones of the CPU, without, those there are."""
+    """The variables of a process: for so many virtual devices of the CPU, or for the devices that there are."""
     if devices is None:
         return dict(os.environ)
     kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "force_host_platform_device_count" not in flag]

@@ -44,7 +44,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which of them this is.")
 
 
 class Windows(NamedTuple):
-    """Held-out windows, int32 [n, length + 1], and which bytes of the held-out stream they predict, int64 [n, length]."""
+    """Windows, int32 [n, length + 1], and which bytes of the held-out stream they predict, int64 [n, length]."""
 
     tokens: np.ndarray
     places: np.ndarray

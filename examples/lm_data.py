@@ -12,7 +12,7 @@ import functools
 import hashlib
 import pathlib
 import sysconfig
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -211,7 +211,10 @@ class Loader:
         def read(start: int, stop: int) -> np.ndarray:
             return np.stack([self.rows(step, part * size + start, part * size + stop) for part in range(parts)])
 
-        return jax.make_array_from_callback(shape, sharding, lambda index: read(*index[1].indices(size)[:2]))
+        def shard(index: Any) -> np.ndarray:
+            return read(*index[1].indices(size)[:2])
+
+        return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def held_out_windows(stream: np.ndarray, length: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:

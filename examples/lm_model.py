@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 from jax.sharding import Mesh
 
 Rules = tuple[tuple[str, Any], ...]
@@ -73,7 +74,7 @@ class Part(nn.Module):
 
     def at(self, x: jax.Array, *names: str | None) -> jax.Array:
         """`x` with its axes laid out as the rules say."""
-        return nn.with_logical_constraint(x, names, rules=self.partitioning.rules, mesh=self.partitioning.mesh)
+        return with_logical_constraint(x, names, rules=self.partitioning.rules, mesh=self.partitioning.mesh)
 
     def norm(self, name: str) -> nn.RMSNorm:
         """A norm over features, in float32."""

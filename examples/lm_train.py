@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from flax.linen.spmd import logical_to_mesh_sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lm_model import ModelConfig, Partitioning, Transformer
 
 import flax_surgery_hooks as fsh
@@ -45,7 +46,7 @@ def make_partitioning(config: ml_collections.ConfigDict) -> Partitioning:
 
 def sharding_of(partitioning: Partitioning, *names: str | None) -> NamedSharding:
     """How an array lies whose axes have these logical names; none for one copy on each device."""
-    return nn.logical_to_mesh_sharding(jax.sharding.PartitionSpec(*names), partitioning.mesh, list(partitioning.rules))
+    return logical_to_mesh_sharding(PartitionSpec(*names), partitioning.mesh, list(partitioning.rules))
 
 
 def microbatches(config: ml_collections.ConfigDict) -> int:
@@ -89,7 +90,7 @@ def create_state(config: ml_collections.ConfigDict, partitioning: Partitioning) 
 
     key = jax.random.key(config.seed)
     specs = nn.get_partition_spec(jax.eval_shape(init, key))  # by the logical names in the boxes around parameters
-    shardings = nn.logical_to_mesh_sharding(specs, partitioning.mesh, list(partitioning.rules))
+    shardings = logical_to_mesh_sharding(specs, partitioning.mesh, list(partitioning.rules))
     return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=shardings)(key)
 
 
@@ -111,7 +112,7 @@ def loss_of(apply_fn: Callable, params: Any, windows: jax.Array) -> jax.Array:
 def make_train_step(
     state: fsh.TrainState, hooks: fsh.SurgeryHooks, partitioning: Partitioning
 ) -> Callable[[fsh.TrainState, jax.Array], tuple[fsh.TrainState, Metrics]]:
-    """Compiles, for states like this one, `train_step(state, batch) -> (state, metrics)`; it takes the old state's memory.
+    """Compiles `train_step(state, batch) -> (state, metrics)`, which takes the old state's memory.
 
     A batch is int32 [parts, windows, length + 1]; the gradients of its parts are averaged, one part at a time. Metrics
     are those before the step.
@@ -168,7 +169,9 @@ def paced(values: Any) -> None:
 def make_evaluate(
     state: fsh.TrainState, partitioning: Partitioning, size: int
 ) -> Callable[[fsh.TrainState, np.ndarray], np.ndarray]:
-    """`evaluate(state, windows)`: bits per byte of each window, float32 [n], of windows int32 [n, length + 1] on the host.
+    """Compiles `evaluate(state, windows)`: bits per byte of each window, float32 [n], of int32 [n, length + 1].
+
+    Windows and results are on the host.
 
     Args:
       state: a state like those to come.
