@@ -41,7 +41,8 @@ def common() -> ml_collections.ConfigDict:
     config.num_steps = 4_000
     config.eval_every = 200
     config.eval_windows = 256  # of the curve; the last figure is of all held-out bytes
-    config.checkpoint_every = 500
+    config.checkpoint_every = 400
+    config.checkpoints_kept = 2
     config.batch_size = 8  # windows of one train step, over all processes and devices
     config.accumulation = 1  # microbatches whose gradients are averaged for one update ...
     config.accumulate = "scan"  # ... of one train step, or "multi_steps": of as many train steps, by `optax.MultiSteps`
@@ -71,7 +72,7 @@ def common() -> ml_collections.ConfigDict:
 
 def shrink(config: ml_collections.ConfigDict) -> None:
     """A run of some seconds."""
-    config.num_steps, config.eval_every, config.checkpoint_every = 12, 4, 6
+    config.num_steps, config.eval_every, config.checkpoint_every, config.checkpoints_kept = 12, 4, 4, 3
     config.eval_windows, config.batch_size, config.warmup_steps = 8, 8, 2
     config.data.max_files, config.data.held_out = 24, 0.25
     config.surgery.calm.every_fraction = 0.25

@@ -136,9 +136,11 @@ def read_fires(ledger: pathlib.Path) -> list[tuple[int, str]]:
 
 
 def open_checkpoints(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ocp.CheckpointManager:
-    """The last two checkpoints of a run. Saving waits, since the next train step takes the state's memory."""
+    """The last checkpoints of a run. Saving waits, since the next train step takes the state's memory."""
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, save_interval_steps=config.checkpoint_every, enable_async_checkpointing=False
+        max_to_keep=config.checkpoints_kept,
+        save_interval_steps=config.checkpoint_every,
+        enable_async_checkpointing=False,
     )
     return ocp.CheckpointManager(workdir / "checkpoints", options=options)
 

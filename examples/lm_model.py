@@ -140,12 +140,12 @@ class Transformer(Part):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits of the next tokens, float32 [batch, length, vocab], of tokens int32 [batch, length]."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        small = nn.initializers.normal(config.width**-0.5 if config.tied else 0.02)
+        small = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "features"))
         embed = nn.Embed(
             config.vocab,
             config.width,
             dtype=dtype,
-            embedding_init=nn.with_logical_partitioning(small, ("vocab", "features")),
+            embedding_init=small,
             name="embed",
         )
         x = embed(tokens)

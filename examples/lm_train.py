@@ -36,9 +36,8 @@ def make_partitioning(config: ml_collections.ConfigDict) -> Partitioning:
         raise ValueError(f"{jax.device_count()} devices do not fill a mesh of {dict(zip(AXES, sizes, strict=True))}.")
     mesh = Mesh(np.array(jax.devices()).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     partitioning = Partitioning(mesh, tuple(config.rules))
-    parts = microbatches(config)
-    for windows in (config.batch_size / parts, config.eval_windows):
-        over = config.batch_size // sharding_of(partitioning, "batch").shard_shape((config.batch_size,))[0]
+    over = mesh.size // sharding_of(partitioning, "batch").shard_shape((mesh.size,))[0]
+    for windows in (config.batch_size / microbatches(config), config.eval_windows):
         if windows % over:
             raise ValueError(f"{windows:g} windows do not divide over the {over} devices that share a batch.")
     return partitioning
@@ -136,7 +135,7 @@ def make_train_step(
             zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
             total, _ = jax.lax.scan(add, zeros, batch)
             loss, grads = jax.tree.map(lambda value: value / len(batch), total)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return hooks.in_graph(state.apply_gradients(grads=grads)), metrics
 
     shardings, one = shardings_of(state), sharding_of(partitioning)
