@@ -3,14 +3,15 @@
     python examples/launch.py --processes=2 --devices=4 -- examples/lm.py --config=configs/lm.py:tiny --workdir=runs/two
 
 Each process runs the program with --coordinator, --num_processes and --process_id added, and sees `--devices` virtual
-CPU devices. What they print gets the number of the process before each line. When one fails, or the time is over, the
-others are stopped.
+CPU devices. What they print gets the number of the process before each line. When one fails, the time is over, or
+this program is stopped, they all are.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def launch(program: Sequence[str], processes: int, devices: int | None, timeout_
         )
         for i in range(processes)
     ]
-    printers = [threading.Thread(target=echo, args=(i, process)) for i, process in enumerate(started)]
+    printers = [threading.Thread(target=echo, args=(i, process), daemon=True) for i, process in enumerate(started)]
     for printer in printers:
         printer.start()
     try:
@@ -73,7 +74,7 @@ def launch(program: Sequence[str], processes: int, devices: int | None, timeout_
     finally:
         stop(started)
         for printer in printers:
-            printer.join()
+            printer.join(GRACE_SECS)  # something else that a process started may hold its output open
     return status
 
 
@@ -106,9 +107,10 @@ def stop(processes: Sequence[subprocess.Popen[str]]) -> None:
     for process in processes:
         if process.poll() is None:
             process.terminate()
+    end = time.monotonic() + GRACE_SECS
     for process in processes:
         try:
-            process.wait(GRACE_SECS)
+            process.wait(max(end - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -122,6 +124,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=None, help="seconds after which all are stopped")
     parser.add_argument("program", nargs="+", help="-- script.py --flag=...")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `launch` stops the processes
     return launch(given.program, given.processes, given.devices, given.timeout)
 
 

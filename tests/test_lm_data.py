@@ -57,7 +57,7 @@ def test_the_split_is_by_file_and_stable(folder):
     assert lm_data.hash_of("json/decoder.py") == pytest.approx(0.2312, abs=5e-5)  # the same on every machine
     more = lm_data.split(folder, 0.6)[1]
     assert set(held_out.files) <= set(more.files)  # a file does not move because another one is there
-    with pytest.raises(ValueError, match="12 files in .* give 12 to train on and 0 held out"):
+    with pytest.raises(ValueError, match=r"12 files in .* give 12 to train on and 0 held out"):
         lm_data.split(folder, 0.0)
 
 

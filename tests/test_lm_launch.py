@@ -45,21 +45,35 @@ def test_without_a_number_of_devices_the_environment_stays(tmp_path):
     assert sorted(result.stdout.splitlines()) == [f"[0] {expected}", f"[1] {expected}"]
 
 
+WRITE = "pathlib.Path(sys.argv[2], who).write_text(str(os.getpid()))\n"
+WAIT = "while not all(pathlib.Path(sys.argv[2], name).exists() for name in '01'): time.sleep(0.01)\n"
+
+
 def test_when_one_fails_the_other_is_stopped(tmp_path):
-    program = (
-        "pathlib.Path(sys.argv[2], who).write_text(str(os.getpid()))\nsys.exit(3) if who == '1' else time.sleep(50)"
-    )
-    result, seconds = launch(tmp_path, program)
+    result, seconds = launch(tmp_path, WRITE + WAIT + "sys.exit(3) if who == '1' else time.sleep(50)")
     assert result.returncode == 3
     assert seconds < 30
+    assert_gone(tmp_path, "0")
+
+
+def test_stopped_itself_it_stops_the_others(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text("import os, pathlib, sys, time\nwho = sys.argv[-1][-1]\n" + WRITE + "time.sleep(50)")
+    command = [sys.executable, "examples/launch.py", "--", str(path), "--name=x", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT) as launcher:
+        end = time.monotonic() + 30
+        while not all((tmp_path / who).exists() and (tmp_path / who).read_text() for who in "01"):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        launcher.terminate()
+        assert launcher.wait(30) == 128 + 15
+    assert_gone(tmp_path, "0")
     assert_gone(tmp_path, "1")
 
 
 def test_one_that_does_not_listen_is_ended_by_force_when_the_time_is_over(tmp_path):
-    program = (
-        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "pathlib.Path(sys.argv[2], who).write_text(str(os.getpid())); print('here', flush=True); time.sleep(50)"
-    )
+    program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WRITE
+    program += "print('here', flush=True); time.sleep(50)"
     result, seconds = launch(tmp_path, program, "--timeout=2")
     assert result.returncode == 124
     assert "Stopped after 2 s." in result.stderr
@@ -70,7 +84,5 @@ def test_one_that_does_not_listen_is_ended_by_force_when_the_time_is_over(tmp_pa
 
 
 def assert_gone(tmp_path: pathlib.Path, who: str) -> None:
-    path = tmp_path / who
-    if path.exists():  # one that was stopped while it started has left nothing
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(path.read_text()), 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / who).read_text()), 0)
