@@ -76,6 +76,7 @@ def baseline(config: ml_collections.ConfigDict, data: Data) -> dict[str, float]:
         return {}
     bits = NGram.fit(data.loader.corpus.stream(), config.ngram_order).bits(data.held_out_stream)
     return {
+        "ngram/order": config.ngram_order,
         "ngram/held_out": float(bits[data.held_out.places].mean()),
         "ngram/sample": float(bits[data.sample.places].mean()),
     }

@@ -24,7 +24,7 @@ def draw(
       path: the file.
       rows: "step", and bits per byte, "train" and "held_out".
       fires: (step, hook).
-      scores: "ngram/sample", where there is one, is drawn as a line.
+      scores: bits per byte; "ngram/sample", of the order "ngram/order", is drawn as a line where there is one.
     """
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(10, 5.2), dpi=150, layout="constrained")
@@ -36,8 +36,14 @@ def draw(
         axes.annotate(f"{held_out[-1]:.3f}", (steps[-1], held_out[-1]), xytext=(6, 0), textcoords="offset points",
                       va="center", color=plots.HELD_OUT, fontweight="bold", annotation_clip=False)  # fmt: skip
         if "ngram/sample" in scores:
-            level = scores["ngram/sample"]
-            axes.axhline(level, color=plots.COLOURS[1], linewidth=1.4, linestyle="--", label="5-gram, held out")
+            level, name = scores["ngram/sample"], f"{scores['ngram/order']:g}-gram, held out"
+            axes.axhline(
+                level,
+                color=plots.COLOURS[1],
+                linewidth=1.4,
+                linestyle="--",
+                label=name,
+            )
             axes.annotate(f"{level:.3f}", (1, level), xycoords=("axes fraction", "data"), xytext=(6, 0), va="center",
                           textcoords="offset points", color=plots.COLOURS[1], annotation_clip=False)  # fmt: skip
         low = min([*held_out, *(row["train"] for row in rows), scores.get("ngram/sample", np.inf)])
@@ -46,7 +52,7 @@ def draw(
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlim(0, steps[-1] * 1.005)
         _mark(axes, fires)
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=1)
         figure.savefig(path)
 
 
