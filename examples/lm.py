@@ -21,10 +21,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from lm_data import Loader, held_out_windows, split
+from lm_model import Partitioning
 from lm_ngram import NGram
 from lm_train import (
     batch_sharding,
     create_state,
+    hook_objects,
     make_evaluate,
     make_partitioning,
     make_train_step,
@@ -109,11 +111,17 @@ class Curve:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
 
-def make_hooks(config: ml_collections.ConfigDict, writer: Any, ledger: pathlib.Path | None) -> fsh.SurgeryHooks:
-    """The hooks of the config."""
-    on_record = None if ledger is None else show
+def make_hooks(
+    config: ml_collections.ConfigDict, partitioning: Partitioning, writer: Any, ledger: pathlib.Path | None
+) -> fsh.SurgeryHooks:
+    """The hooks of the config; without a ledger, as in all processes but the first, they tell nothing."""
     return fsh.SurgeryHooks.from_config(
-        config.surgery, seed=config.seed, writer=writer, ledger=ledger, on_record=on_record
+        config.surgery,
+        seed=config.seed,
+        objects=hook_objects(config, partitioning),
+        writer=writer,
+        ledger=ledger,
+        on_record=None if ledger is None else show,
     )
 
 
@@ -169,10 +177,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[fsh
     is_first = jax.process_index() == 0
     partitioning, data = make_partitioning(config), load_data(config)
     writer = fsh.metrics.create_default_writer(workdir, just_logging=not is_first)
-    hooks = make_hooks(config, writer, workdir / "ledger.jsonl" if is_first else None)
+    hooks = make_hooks(config, partitioning, writer, workdir / "ledger.jsonl" if is_first else None)
     state = hooks.init(create_state(config, partitioning))
     train_step = make_train_step(state, hooks, partitioning)
-    evaluate = make_evaluate(state, partitioning, min(64, config.eval_windows))
+    evaluate = make_evaluate(state, partitioning, config.batch_size)
     sharding, parts = batch_sharding(partitioning), microbatches(config)
     with open_checkpoints(config, workdir) as checkpoints:
         done, state = restored(checkpoints, state)

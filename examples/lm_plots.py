@@ -37,13 +37,7 @@ def draw(
                       va="center", color=plots.HELD_OUT, fontweight="bold", annotation_clip=False)  # fmt: skip
         if "ngram/sample" in scores:
             level, name = scores["ngram/sample"], f"{scores['ngram/order']:g}-gram, held out"
-            axes.axhline(
-                level,
-                color=plots.COLOURS[1],
-                linewidth=1.4,
-                linestyle="--",
-                label=name,
-            )
+            axes.axhline(level, color=plots.COLOURS[1], linewidth=1.4, linestyle="--", label=name)
             axes.annotate(f"{level:.3f}", (1, level), xycoords=("axes fraction", "data"), xytext=(6, 0), va="center",
                           textcoords="offset points", color=plots.COLOURS[1], annotation_clip=False)  # fmt: skip
         low = min([*held_out, *(row["train"] for row in rows), scores.get("ngram/sample", np.inf)])

@@ -27,7 +27,7 @@ def make_partitioning(config: ml_collections.ConfigDict) -> Partitioning:
     """The mesh that the config describes, over the devices of all processes, and the rules.
 
     Raises:
-      ValueError: the devices or the windows of a batch do not divide over the mesh.
+      ValueError: the devices do not fill the mesh, or the windows of a batch do not divide over it.
     """
     sizes = [config.mesh[axis] for axis in AXES]
     rest = jax.device_count() // math.prod(size for size in sizes if size != -1)
@@ -37,9 +37,9 @@ def make_partitioning(config: ml_collections.ConfigDict) -> Partitioning:
     mesh = Mesh(np.array(jax.devices()).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     partitioning = Partitioning(mesh, tuple(config.rules))
     over = mesh.size // sharding_of(partitioning, "batch").shard_shape((mesh.size,))[0]
-    for windows in (config.batch_size / microbatches(config), config.eval_windows):
-        if windows % over:
-            raise ValueError(f"{windows:g} windows do not divide over the {over} devices that share a batch.")
+    windows = config.batch_size / microbatches(config)
+    if windows % over:
+        raise ValueError(f"{windows:g} windows do not divide over the {over} devices that share a batch.")
     return partitioning
 
 
@@ -78,13 +78,30 @@ def is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "'kernel'" in jax.tree_util.keystr(path), params)
 
 
+def make_model(config: ml_collections.ConfigDict, partitioning: Partitioning) -> Transformer:
+    """The network."""
+    return Transformer(ModelConfig(**config.model), partitioning)
+
+
+def init_boxed(model: Transformer, key: jax.Array) -> Any:
+    """Fresh params, in boxes that name their axes."""
+    return model.init(key, jnp.zeros((1, model.config.length), jnp.int32))["params"]
+
+
+def hook_objects(config: ml_collections.ConfigDict, partitioning: Partitioning) -> dict[str, Any]:
+    """What surgeries of the config need and a config cannot hold: for `reinit`, how parameters are drawn."""
+    if all(hook.surgery != "reinit" for hook in config.surgery.values()):
+        return {}
+    model = make_model(config, partitioning)
+    return {"init": lambda key: nn.unbox(init_boxed(model, key))}
+
+
 def create_state(config: ml_collections.ConfigDict, partitioning: Partitioning) -> fsh.TrainState:
     """Params and optimizer state at step 0, made where they belong: no device ever holds more than its part."""
-    model = Transformer(ModelConfig(**config.model), partitioning)
-    tx = make_optimizer(config)
+    model, tx = make_model(config, partitioning), make_optimizer(config)
 
     def init(key: jax.Array) -> fsh.TrainState:
-        params = model.init(key, jnp.zeros((1, config.model.length), jnp.int32))["params"]
+        params = init_boxed(model, key)
         return fsh.TrainState.create(apply_fn=model.apply, params=params, tx=tx).replace(step=jnp.zeros((), jnp.int32))
 
     key = jax.random.key(config.seed)
