@@ -67,7 +67,8 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> Any:
     """The arrays of a checkpoint, on the host."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         path = workdir / "checkpoints" / str(step) / "default"
-        tree = checkpointer.metadata(path).item_metadata.tree
+        metadata = checkpointer.metadata(path)
+        tree = getattr(metadata, "item_metadata", metadata).tree  # older Orbax gives the item's own
         return checkpointer.restore(path, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree))
 
 
