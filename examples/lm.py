@@ -196,13 +196,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[fsh
             paced(metrics)
             state = hooks(step + 1, state, metrics=metrics)
             pending.append(metrics["loss"])
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
+            is_last = step + 1 == config.num_steps
+            if (step + 1) % config.eval_every == 0 or is_last:
                 held_out = float(evaluate(state, data.sample.tokens).mean())
                 curve.add(step + 1, float(np.mean(jax.device_get(pending))), held_out)
                 pending = []
                 writer.write_scalars(step + 1, {"train/bits": curve.rows[-1]["train"], "held_out/bits": held_out})
                 bar.set_postfix(train=f"{curve.rows[-1]['train']:.3f}", held_out=f"{held_out:.3f}")
-            checkpoints.save(step + 1, args=ocp.args.StandardSave(arrays_of(state)))
+            checkpoints.save(step + 1, args=ocp.args.StandardSave(arrays_of(state)), force=is_last)
         hooks.flush()
     writer.close()
     scores = {"lm/held_out": float(evaluate(state, data.held_out.tokens).mean())}
@@ -230,11 +231,11 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     _, scores = train(CONFIG.value, workdir)
     if jax.process_index() == 0:
-        seconds = time.perf_counter() - started
+        seconds, devices = time.perf_counter() - started, jax.device_count()
         others = f"; {CONFIG.value.ngram_order}-gram {scores['ngram/held_out']:.4f}" if CONFIG.value.ngram_order else ""
         print(
             f"Held-out bits per byte {scores['lm/held_out']:.4f} after {CONFIG.value.num_steps} steps{others}. "
-            f"{seconds:.0f} s on {jax.device_count()} devices. See {workdir}."
+            f"{seconds:.0f} s on {devices} device{'s' * (devices > 1)}. See {workdir}."
         )
 
 

@@ -168,8 +168,9 @@ def test_no_hooks_and_the_other_choices_run_from_the_shell(tmp_path):
         "--config.model.scan_layers=False",
         "--config.accumulation=2",
         "--config.ngram_order=0",
-        "--config.num_steps=4",
+        "--config.num_steps=5",
     )
-    assert "after 4 steps. " in printed
+    assert "after 5 steps. " in printed
+    assert (tmp_path / "checkpoints" / "5").is_dir()
     assert [record["event"] for record in read_lines(tmp_path / "ledger.jsonl")] == ["run"]
     assert json.loads((tmp_path / "scores.json").read_text()).keys() == {"lm/held_out", "lm/sample"}
