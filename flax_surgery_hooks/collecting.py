@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,22 +17,42 @@ from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.settling import NEVER, Fired
 
 
+def fires_in(path: pathlib.Path | None) -> frozenset[tuple[int, str]]:
+    """(step, hook) of the fires that a ledger's file has; lines that are none are left to who reads it."""
+    if path is None or not path.exists():
+        return frozenset()
+    found: set[tuple[int, str]] = set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("event") == "fired" and {"step", "hook"} <= record.keys():
+            found.add((record["step"], record["hook"]))
+    return frozenset(found)
+
+
 @dataclass
 class Collector:
     """The fires in graph of one `SurgeryHooks`.
 
     Attributes:
       after: how many steps after a fire its figures are read.
+      ledger: the file of the ledger, None if there is none.
       traced: hook -> what all its fires have in common, for those that some compiled step fires.
+      first: the step of the first call, None if there was none yet; fires before it may have been recorded by then.
       lying: where the leaves of the state lie, as `init` saw them.
     """
 
     after: int
+    ledger: pathlib.Path | None = None
     traced: dict[str, in_graph.About] = field(default_factory=dict)
+    first: int | None = None
     lying: in_graph.Lying = field(default_factory=in_graph.Lying)
     _seen: dict[str, int] = field(default_factory=dict)
     _last: dict[str, int] = field(default_factory=dict)
     _waiting: list[tuple[int, Any]] = field(default_factory=list)
+    _recorded: frozenset[tuple[int, str]] | None = None
 
     @property
     def wake(self) -> int:
@@ -38,10 +60,15 @@ class Collector:
         return min((step + self.after for step, _ in self._waiting), default=NEVER)
 
     def begin(self, state: Any) -> None:
-        """Takes the fires that the state has seen so far as recorded; waits for the device if it has values."""
+        """Looks at a state with room for figures; waits for the device if it has values.
+
+        What a state from a checkpoint has seen may have been recorded or not: the ledger's file tells. Without a file
+        it is taken as recorded.
+        """
+        self._recorded = None
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state.params)):
             self.lying = in_graph.Lying.of(state)
-        if checks.concrete(state):
+        if checks.concrete(state) and self.ledger is None:
             counts = {name: buffer["count"] for name, buffer in in_graph.buffers(state).items()}
             self._seen = {name: int(count) for name, count in jax.device_get(counts).items()}
 
@@ -83,18 +110,28 @@ class Collector:
         self._seen[hook.name] = max(count, self._seen.get(hook.name, 0))
         if kept:
             self._last[hook.name] = kept[-1][0]
-        return [*lost, *(self.traced[hook.name].fired(step, rows) for step, rows in kept)]
+        new = [(step, rows) for step, rows in kept if not self._is_recorded(step, hook.name)]
+        return [*lost, *(self.traced[hook.name].fired(step, rows) for step, rows in new)]
+
+    def _is_recorded(self, step: int, hook: str) -> bool:
+        """Whether a session before this one has recorded a fire."""
+        if self.first is not None and step >= self.first:
+            return False
+        if self._recorded is None:
+            self._recorded = fires_in(self.ledger)
+        return (step, hook) in self._recorded
 
     def _lost(self, hook: Hook, number: int, kept: Sequence[tuple[int, Any]]) -> list[Fired]:
         """Fires whose figures others have taken the place of; the schedule knows their steps."""
-        if number <= 0:
+        due = [] if number <= 0 else list(hook.when.due_steps(self._last.get(hook.name, -1), kept[0][0] - 1))
+        lost = [step for step in due[-number:] if not self._is_recorded(step, hook.name)]
+        if not lost:
             return []
         logging.warning(
             "Hook %s fired %d times more between two collects than the state has room for; the figures of these fires "
             "are lost. Write hooks.init(state, fires=%d), or collect more often.",
             hook.name,
-            number,
-            number + len(kept),
+            len(lost),
+            len(lost) + len(kept),
         )
-        due = hook.when.due_steps(self._last.get(hook.name, -1), kept[0][0] - 1)
-        return [self.traced[hook.name].without_figures(step) for step in list(due)[-number:]]
+        return [self.traced[hook.name].without_figures(step) for step in lost]

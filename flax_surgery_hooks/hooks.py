@@ -98,7 +98,7 @@ class SurgeryHooks(TracedHooks):
         self.ledger = Ledger(ledger, on_record)
         self.strict_steps = strict_steps
         self._settler = Settler(self.ledger, writer, on_error, settle_after)
-        self._collector = Collector(settle_after)
+        self._collector = Collector(settle_after, self.ledger.path)
         self._programs: dict[str, dict[Hashable, Programs]] = {}
         self._unchecked: set[str] = set()
         self._counts: dict[tuple[str, int], int] = {}
@@ -276,7 +276,7 @@ class SurgeryHooks(TracedHooks):
         """The first call: compares `step` with the state's own, and takes due steps before it as passed."""
         check_first_step(step, state)
         self._begin(step)
-        self._last = step - 1
+        self._last, self._collector.first = step - 1, step
         for hook in self._ordered():
             if hook.name not in self._collector.traced:
                 fires.note_missed(self.ledger, hook.name, hook.when, step - 1)

@@ -256,6 +256,30 @@ def test_collecting_twice_records_once_and_a_resumed_state_is_not_recorded_again
     assert [record.step for record in again.collect(step(step(state)))] == [4]
 
 
+def test_a_resumed_run_records_what_the_ledger_lacks_and_nothing_twice(tmp_path):
+    """The checkpoint holds figures of fires that the process before it had recorded, and of one that it had not."""
+    path = tmp_path / "ledger.jsonl"
+    hooks = one_hook(ledger=path)
+    step, state = bare_step(hooks), hooks.init(make_state())
+    for i in range(1, 10):
+        state = hooks(i, step(state))  # the figures of step 8 would be read at step 12
+    fired = [record.step for record in hooks.ledger.records if record.event == "fired"]
+    assert fired == [2, 4]  # what the process has told of when it dies
+    again = one_hook(ledger=path)
+    again.init(make_state())  # before the checkpoint is restored, as trainers do
+    step = bare_step(again)
+    for i in range(10, 15):
+        state = again(i, step(state))
+    again.collect(state)
+    assert [record.step for record in again.ledger.records if record.event == "settled"] == [6, 8, 10, 12, 14]
+    from_scratch = one_hook(ledger=path)
+    step, state = bare_step(from_scratch), from_scratch.init(make_state())
+    for i in range(1, 4):
+        state = from_scratch(i, step(state))
+    from_scratch.collect(state)
+    assert [record.step for record in from_scratch.ledger.records if record.event == "settled"] == [2]
+
+
 def test_what_only_the_host_can_do_stays_with_it():
     hooks = fsh.SurgeryHooks()
     hooks.add("graph", fsh.surgeries.Scale(0.5), params="Dense_0/kernel", when=fsh.every(2))
