@@ -10,6 +10,7 @@ state, in `surgery["fires"][hook]`, until the host reads them:
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -164,10 +165,11 @@ class _Touched(NamedTuple):
     buffer: Any
 
 
-def fire(
-    state: Any, hook: Hook, seed: int, inputs: Mapping[str, Any], mirrors: Mirrors, lying: Lying
-) -> tuple[Any, About]:
-    """The state after a hook's fire, if `state.step` is due, and what is known of the fire; for inside a trace.
+class Run:
+    """One hook on one traced state.
+
+    Attributes:
+      due: whether `state.step` is due, a boolean scalar.
 
     Args:
       state: the train state, with a buffer for the hook.
@@ -180,22 +182,15 @@ def fire(
     Raises:
       SurgeryError: whatever a fire on leaves of these shapes would raise; StructureError if shapes change.
     """
-    with located(hook=hook.name):
+
+    def __init__(self, state: Any, hook: Hook, seed: int, inputs: Mapping[str, Any], mirrors: Mirrors, lying: Lying):
+        self._hook, self._seed, self._mirrors = hook, seed, mirrors
         held = view(state, mirrors, hook.operation.fields)
-        run = _Run(held, hook, seed, inputs, lying if held is state else Lying())
-        due = hook.when.is_due(run.step)
-        new = jax.lax.cond(due, run.branch, lambda touched: touched, run.touched)
-        return original(run.with_touched(new)), run.about()
-
-
-class _Run:
-    """One hook on one traced state."""
-
-    def __init__(self, state: Any, hook: Hook, seed: int, inputs: Mapping[str, Any], lying: Lying):
-        self._state, self._hook, self._seed = state, hook, seed
+        self._state, lying = held, lying if held is state else Lying()
         self._operation, self._inputs = bind_inputs(hook.operation, inputs)
-        self._parts = take_apart(state)
+        self._parts = take_apart(held)
         self.step = jnp.asarray(_step_of(state), jnp.int32)
+        self.due = hook.when.is_due(self.step)
         remembered = memory.held(state, hook.name, self._operation)
         key = jax.random.key(0, impl="threefry2x32") if needs_key(self._operation) else None
         self._plan = plan_units(self._operation, self._parts, key, self._inputs, remembered)
@@ -210,7 +205,22 @@ class _Run:
             foreseen(self._operation, unit, stays, one, fire, may_reshape=False)[0]
             for (unit, one), fire, stays in zip(self._pairs(arrays), given, self._in_place, strict=True)
         ]
-        self.touched = self._touched(arrays, remembered)
+        self._touched = self._touching(arrays, remembered)
+
+    def after(self, state: Any) -> Any:
+        """The state after the fire, if it is due; of the structure of the one that this was made with."""
+        again = copy.copy(self)
+        again._state = view(state, self._mirrors, self._operation.fields)
+        again._parts = take_apart(again._state)
+        remembered = memory.held(state, self._hook.name, self._operation)
+        again._touched = again._touching(again._arrays(again._parts, remembered), remembered)
+        with located(hook=self._hook.name):
+            new = jax.lax.cond(self.due, again._branch, lambda touched: touched, again._touched)
+        return again._with(new)
+
+    def marked(self, mark: Any) -> Any:
+        """The state with `mark` in the place of every leaf that a fire may change."""
+        return self._with(jax.tree.map(lambda leaf: mark, self._touched))
 
     def _pairs(self, arrays: Sequence[Arrays]) -> Any:
         return zip(self._plan, arrays, strict=True)
@@ -218,7 +228,7 @@ class _Run:
     def _arrays(self, parts: Parts, remembered: Any) -> list[Arrays]:
         return [arrays_of(unit, parts, fire_memory(self._operation, unit, remembered)) for unit in self._plan]
 
-    def _touched(self, arrays: Sequence[Arrays], remembered: Any) -> _Touched:
+    def _touching(self, arrays: Sequence[Arrays], remembered: Any) -> _Touched:
         places = [place for unit in self._plan for place in unit.places]
         indices = {slot.index for unit in self._plan for slot in unit.slots}
         indices |= restarts_at(self._operation, self._parts, self._plan)
@@ -237,15 +247,14 @@ class _Run:
         rows = tuple(len(unit.paths) + 2 for unit in self._plan)
         return About(record, rows, operation.figures, operation.guard != "off")
 
-    def with_touched(self, touched: _Touched) -> Any:
-        """The state with these leaves."""
+    def _with(self, touched: _Touched) -> Any:
         state = put_back(self._state, self._parts, touched.params, touched.opt_leaves)
         if self._operation.edit.takes("memory"):
             state = memory.put(state, self._hook.name, touched.memory)
         everything = {**buffers(state), self._hook.name: touched.buffer}
-        return state.replace(surgery={**(state.surgery or {}), "fires": everything})
+        return original(state.replace(surgery={**(state.surgery or {}), "fires": everything}))
 
-    def branch(self, touched: _Touched) -> _Touched:
+    def _branch(self, touched: _Touched) -> _Touched:
         """`apply`, under Auto axes: sort, gather and scatter raise on Explicit ones."""
         shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, touched)
         explicit = {

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_surgery_hooks as fsh
-from flax_surgery_hooks.errors import HookError, RefusedError, StateError, StructureError
+from flax_surgery_hooks.errors import HookError, RefusedError, StateError, StepError, StructureError
 
 STEPS = 200
 X = np.asarray(np.random.default_rng(0).normal(size=(16, 8)), np.float32)
@@ -215,6 +215,32 @@ def test_the_graph_holds_one_conditional_and_no_copies_of_leaves():
         step=s.step + 1, params=jax.tree.map(lambda p: p * 0.99, s.params))), donate_argnums=0)  # fmt: skip
     temporaries = [f.lower(large).compile().memory_analysis().temp_size_in_bytes for f in (bare, fired)]
     assert temporaries[1] - temporaries[0] < 512 * 512 * 4 // 10
+
+
+def test_a_wrapped_step_fires_where_it_is_due_and_is_otherwise_the_plain_one():
+    hooks, graph = make_hooks(), make_hooks()
+    state, other = hooks.init(make_state()), graph.init(make_state())
+    traced = []
+
+    def train(state, scale):
+        traced.append(1)
+        return update(state, "one"), scale * 2
+
+    step, whole = hooks.wrap(train, donate_argnums=0), jax.jit(lambda state: graph.in_graph(update(state, "one")))
+    for i in range(1, 24):
+        state, doubled = step(i, state, jnp.float32(i))
+        state = hooks(i, state)
+        other = graph(i, whole(other))
+        assert doubled == 2 * i
+    assert len(traced) == 2
+    hooks.flush(), graph.flush()
+    assert facts(hooks) == facts(graph)
+    for one, two in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+    idle = jax.jit(lambda state, scale: train(state, scale)).lower(state, jnp.float32(0)).compile()
+    assert "conditional" not in idle.as_text()
+    with pytest.raises(StepError, match="Python int"):
+        step(jnp.int32(3), state, 1.0)
 
 
 def test_a_refused_fire_keeps_the_old_values_and_is_told():
