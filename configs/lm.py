@@ -76,6 +76,9 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     config.eval_windows, config.batch_size, config.warmup_steps = 8, 8, 2
     config.data.max_files, config.data.held_out = 24, 0.25
     config.surgery.calm.every_fraction = 0.25
+    # Two sorts more, so that a run of seconds has seen five.
+    config.surgery.even = fsh.config.hook("normalize", params="head/kernel", to=16.0, at=(8,))
+    config.surgery.forget = fsh.config.hook("reset_moments", params="**/mlp/*/kernel", at=(10,))
     config.model.update(length=32, width=32, layers=2, heads=2, mlp=64, scan_layers=True)
 
 
