@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from flax_surgery_hooks.layers import with_layers
-from flax_surgery_hooks.operation import Side, Unit
+from flax_surgery_hooks.operation import Side, Unit, like
 from flax_surgery_hooks.programs import Arrays
 from flax_surgery_hooks.slots import Slot
 from flax_surgery_hooks.train_state import Parts
@@ -40,7 +42,7 @@ def whole_leaves(
                 stacks.setdefault((place, layer.axis), {})[layer.index] = value
     for (place, axis), layers in stacks.items():
         leaf = parts.params.values[place]
-        whole[parts.params.paths[place]] = with_layers(leaf, axis, layers, donate=may_donate(leaf))
+        whole[parts.params.paths[place]] = _restacked(leaf, axis, layers, may_donate(leaf))
     return whole
 
 
@@ -69,4 +71,10 @@ def whole_slots(
         leaf = held(slot)
         assert slot.axis is not None
         donate = slot.offset is None and may_donate(leaf)
-        yield slot, parts.params.paths[slot.owner], with_layers(leaf, slot.axis, layers, donate=donate)
+        yield slot, parts.params.paths[slot.owner], _restacked(leaf, slot.axis, layers, donate)
+
+
+def _restacked(leaf: Any, axis: int, layers: dict[int, Any], donate: bool) -> Any:
+    weak = getattr(leaf, "weak_type", False)
+    new = with_layers(leaf, axis, layers, donate=donate)
+    return like(new, leaf) if weak and not isinstance(leaf, jax.ShapeDtypeStruct) else new

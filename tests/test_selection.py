@@ -309,7 +309,7 @@ REFUSED = {
     "bad regex": (("re:(a",), "Not a regular expression: missing )", "re:(a", "'re:Dense_[0-3]/kernel'"),
     "index in the middle": (("k[3]/kernel",), "but for an index at its very end", "'k[3]/kernel'",
                             "for layers 'layers/**/kernel[3]'"),
-    "character class": (("Dense_[01]",), "Brackets are not part of a glob", "'Dense_[01]'", "'re:Dense_[0-3]'"),
+    "character class": (("Dense_[01]",), "Brackets are not part of a glob", "'Dense_[01]'", "'re:Dense_[0-3]/kernel'"),
     "never closed": (("{a,{b}/c",), "A brace is opened and never closed.", "'{a,{b}/c'", BRACES),
     "never opened": (("a}/b",), "A brace is closed that was never opened.", "'a}/b'", BRACES),
     "closed twice": (("{a,b}}",), "A brace is closed that was never opened.", "'{a,b}}'", BRACES),
