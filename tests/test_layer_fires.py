@@ -39,9 +39,9 @@ def placing(kind: AxisType, spec: P) -> Any:
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
 
     def place(leaf: Any) -> Any:
-        stacked = jnp.shape(leaf)[:1] == (LAYERS,)
-        own = (*spec, None, None, None)[: jnp.ndim(leaf)] if stacked else (None,) * jnp.ndim(leaf)
-        # Full, as a step returns it under Explicit axes.
+        own = () if jnp.shape(leaf)[:1] != (LAYERS,) else spec if leaf.ndim == 3 else spec[:1]
+        if kind == AxisType.Explicit:  # as a step returns it
+            own = (*own, *[None] * (jnp.ndim(leaf) - len(own)))
         return jax.device_put(leaf, NamedSharding(mesh, P(*own)))
 
     return place
