@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -91,7 +92,8 @@ def taken(leaf: Any, layer: Layer) -> Any:
         return _under_auto_axes(take, layer.sharding(jax.typeof(leaf).sharding))(leaf, layer.index)
     own = layer.sharding(leaf.sharding) if isinstance(leaf, jax.Array) and leaf.committed else None
     auto = auto_axes(own)
-    value = _taker(layer.axis, auto)(relabelled(leaf), np.int32(layer.index))
+    spread = own is not None and _is_spread(leaf, layer.axis)
+    value = _taker(layer.axis, auto, spread)(relabelled(leaf), np.int32(layer.index))
     return value if own is auto else jax.device_put(value, own)
 
 
@@ -119,6 +121,30 @@ def _take(axis: int, leaf: Any, index: Any) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(leaf, index, axis, keepdims=False)
 
 
+def _is_spread(leaf: jax.Array, axis: int) -> bool:
+    """Whether layers lie on several devices, and have bits to sum."""
+    sharding: Any = leaf.sharding
+    over = tuple(sharding.spec)[axis : axis + 1]
+    return over not in ((), (None,)) and leaf.dtype.name in _BITS
+
+
+_BITS = {name: f"uint{8 * np.dtype(name).itemsize}" for name in ("float16", "float32", "float64")} | {
+    "bfloat16": "uint16"
+}
+
+
+def _take_spread(axis: int, leaf: jax.Array, index: Any) -> jax.Array:
+    """`_take` along a sharded axis, where XLA would gather the whole leaf for a dynamic index.
+
+    Every device sums what it has of the layer, which is all or nothing. The sum is of bits: one of floats would turn
+    a negative zero into another.
+    """
+    bits = jax.lax.bitcast_convert_type(leaf, _BITS[leaf.dtype.name])
+    here = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis) == index
+    found = jnp.sum(jnp.where(here, bits, jnp.zeros((), bits.dtype)), axis=axis, dtype=bits.dtype)
+    return jax.lax.bitcast_convert_type(found, leaf.dtype)
+
+
 def _put(axis: int, leaf: Any, indices: tuple[Any, ...], values: tuple[Any, ...]) -> jax.Array:
     for index, value in zip(indices, values, strict=True):
         leaf = jax.lax.dynamic_update_index_in_dim(leaf, value, index, axis)
@@ -127,8 +153,8 @@ def _put(axis: int, leaf: Any, indices: tuple[Any, ...], values: tuple[Any, ...]
 
 # The index is an argument, so that all layers of a leaf, and of leaves like it, share a program.
 @functools.lru_cache(maxsize=256)
-def _taker(axis: int, sharding: Any) -> Any:
-    return jax.jit(functools.partial(_take, axis), out_shardings=sharding)
+def _taker(axis: int, sharding: Any, spread: bool) -> Any:
+    return jax.jit(functools.partial(_take_spread if spread else _take, axis), out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,6 +12,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_surgery_hooks as fsh
+from flax_surgery_hooks import layers
+from flax_surgery_hooks.collectives import collectives
+from flax_surgery_hooks.layers import Layer, taken
+from flax_surgery_hooks.placement import auto_axes, relabelled
 from flax_surgery_hooks.surgeries import Normalize, Scale
 
 LAYERS = 8
@@ -21,8 +25,8 @@ SPECS = [P("fsdp", None, "tensor"), P(None, "fsdp", "tensor"), P()]
 
 def make_state(tx: Any = None, place: Any = None, steps: int = 2) -> Any:
     random = np.random.default_rng(0)
-    layers = {"kernel": random.normal(size=(LAYERS, 4, 6)), "bias": random.normal(size=(LAYERS, 6))}
-    params = {"layers": layers, "head": random.normal(size=(6, 2))}
+    stacked = {"kernel": random.normal(size=(LAYERS, 4, 6)), "bias": random.normal(size=(LAYERS, 6))}
+    params = {"layers": stacked, "head": random.normal(size=(6, 2))}
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     state = fsh.TrainState.create(apply_fn=None, params=params, tx=tx or optax.adamw(1e-2))
     state = state.replace(step=jnp.int32(0))
@@ -114,6 +118,26 @@ def test_leaves_of_numpy_and_of_a_weak_type():
     np.testing.assert_array_equal(after.params["layers"]["kernel"][2:5], kernel[2:5] / 2)
     np.testing.assert_array_equal(after.params["layers"]["kernel"][5:], kernel[5:])
     assert after.params["layers"]["bias"].weak_type
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("kind", MESHES, ids=str)
+def test_a_layer_of_a_leaf_whose_layers_lie_apart_is_taken_bit_by_bit_and_without_a_gather(kind, dtype):
+    width = jnp.dtype(dtype).itemsize * 8
+    bits = np.random.default_rng(1).integers(0, 2**width, size=(LAYERS, 4, 6), dtype=f"uint{width}")
+    bits[3, 0, 0] = 1 << (width - 1)  # a negative zero
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
+    leaf = jax.lax.bitcast_convert_type(jnp.asarray(bits), dtype)
+    leaf = jax.device_put(leaf, NamedSharding(mesh, SPECS[0]))
+    for index in (0, 3, LAYERS - 1):
+        layer = Layer(0, index)
+        value = taken(leaf, layer)
+        assert value.sharding == NamedSharding(mesh, P(None, "tensor"))
+        np.testing.assert_array_equal(np.asarray(value).view(bits.dtype), bits[index])
+    taker = layers._taker(0, auto_axes(value.sharding), True)
+    said = collectives(taker.lower(*relabelled((leaf, np.int32(3)))).compile())
+    assert [one.kind for one in said] == ["all-reduce"]
+    assert said[0].bytes <= 4 * 6 // 2 * 4
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
