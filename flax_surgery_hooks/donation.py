@@ -87,6 +87,6 @@ def unshared(state: Any) -> Callable[[Any], bool]:
 
 
 def _buffer(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return id(leaf)
+    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.is_deleted():
+        return id(leaf)  # one that was donated has nothing to share any more
     return leaf.addressable_shards[0].data.unsafe_buffer_pointer() if leaf.addressable_shards else id(leaf)

@@ -182,6 +182,16 @@ def test_donation_takes_the_stacked_leaf_and_does_the_same(place):
     assert hooks.ledger.records[-1].donated
 
 
+def test_whole_leaves_are_donated_beside_layers():
+    patterns = ["layers/kernel[1]", "head"]
+    expected, _ = fired(make_state(), surgery=roll, params=patterns)
+    state = make_state()
+    after, _ = fired(state, surgery=roll, params=patterns, donate="always")
+    for a, b in zip(values((after.params, after.opt_state)), values((expected.params, expected.opt_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [state.params["head"].is_deleted(), state.params["layers"]["kernel"].is_deleted()] == [True, True]
+
+
 def test_a_shared_buffer_is_not_donated():
     class Averaging(fsh.TrainState):
         ema: Any = None
