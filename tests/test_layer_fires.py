@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -187,7 +188,9 @@ def test_whole_leaves_are_donated_beside_layers():
     expected, _ = fired(make_state(), surgery=roll, params=patterns)
     state = make_state()
     after, _ = fired(state, surgery=roll, params=patterns, donate="always")
-    for a, b in zip(values((after.params, after.opt_state)), values((expected.params, expected.opt_state)), strict=True):
+    for a, b in zip(
+        values((after.params, after.opt_state)), values((expected.params, expected.opt_state)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     assert [state.params["head"].is_deleted(), state.params["layers"]["kernel"].is_deleted()] == [True, True]
 
@@ -343,3 +346,55 @@ def test_fires_in_graph_are_bitwise_those_of_the_host(place):
     assert len(facts[0]) == 4 + 3 + 2 + 1 + 1
     for at in figures[0]:
         np.testing.assert_allclose(figures[0][at], figures[1][at], rtol=1e-5)
+
+
+# Other states.
+
+
+class Scanned(fsh.TrainState):
+    ema: Any = None
+    batch_stats: Any = None
+
+
+def test_mirrors_and_fields_have_layers_too():
+    state = make_state()
+    state = Scanned.create(apply_fn=None, params=state.params, tx=state.tx,
+                           ema=jax.tree.map(lambda leaf: leaf + 1, state.params),
+                           batch_stats={"layers": {"mean": jnp.ones((LAYERS, 3))}})  # fmt: skip
+    options: dict[str, Any] = {"mirrors": {"ema": "param"}, "fields": ("batch_stats",)}
+    patterns = ["layers/kernel[1]", "batch_stats/layers/mean[2]"]
+    after, record = fsh.operate(state, roll, params=patterns, opt_state="transport", **options)
+    assert record.paths == ("batch_stats/layers/mean[2]", "layers/kernel[1]")
+    old, new = (np.array(one.ema["layers"]["kernel"]) for one in (state, after))
+    old[1] = old[1, :, ::-1] * np.float32(0.5)
+    np.testing.assert_array_equal(new, old)
+    assert after.batch_stats["layers"]["mean"][:, 0].tolist() == [1, 1, 0.5, 1, 1, 1, 1, 1]
+    assert after.ema["head"] is state.ema["head"]
+
+
+def test_a_model_of_nnx_with_layers_made_by_vmap():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+        return nnx.Linear(4, 4, rngs=rngs)
+
+    model = make(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    before = np.asarray(model.kernel[...])
+    hooks = make_hooks(Scale(0.5), "kernel[1]", fsh.at(1))
+    hooks(0, fsh.bind_nnx(model, optimizer))
+    optimizer.step[...] = jnp.uint32(1)
+    hooks(1, fsh.bind_nnx(model, optimizer))
+    np.testing.assert_array_equal(model.kernel[...][1], before[1] / 2)
+    np.testing.assert_array_equal(model.kernel[...][::2], before[::2])
+
+
+@pytest.mark.parametrize("kind", MESHES, ids=str)
+def test_operate_under_jit_on_a_mesh(kind):
+    state = make_state(place=placing(kind, SPECS[0]))
+    edit = jax.jit(lambda state: fsh.operate(state, Scale(0.5), params="layers/**[2:5]", opt_state="transport")[0])
+    after, expected = edit(state), fsh.operate(make_state(), Scale(0.5), params="layers/**[2:5]", opt_state="transport")
+    for a, b in zip(values((after.params, after.opt_state)), values((expected[0].params, expected[0].opt_state)),
+                    strict=True):  # fmt: skip
+        np.testing.assert_array_equal(a, b)
+    assert after.params["layers"]["kernel"].sharding == state.params["layers"]["kernel"].sharding
