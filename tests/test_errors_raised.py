@@ -29,8 +29,8 @@ from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Rei
 
 ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "config", "config_export", "config_fields",
              "config_hook", "config_reading", "config_registry", "config_writing", "count_schedules",
-             "derived_schedules", "errors", "freezable", "layer_index", "layer_slots", "metric_schedules", "mirrors",
-             "optimizer", "optimizer_edits", "optimizer_state", "paths", "rewarm", "schedules", "selection",
+             "derived_schedules", "errors", "freezable", "globs", "layer_index", "layer_slots", "metric_schedules",
+             "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "rewarm", "schedules", "selection",
              "slot_edits", "slot_gain", "switching", "watched_schedules", "watched_values", "watching",
              "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
