@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_surgery_hooks.donation import unshared
 from flax_surgery_hooks.operation import Operation, Unit, like
 from flax_surgery_hooks.paths import Leaves
 from flax_surgery_hooks.placement import as_before
 from flax_surgery_hooks.programs import Arrays
 from flax_surgery_hooks.repath import opt_state_for, repathed
+from flax_surgery_hooks.restacking import never, whole_leaves, whole_slots
 from flax_surgery_hooks.slots import Restart, Slot, as_abstract, restarts_of
 from flax_surgery_hooks.train_state import Parts, put_back
 
@@ -28,6 +30,8 @@ def commit(
     arrays: Sequence[Arrays],
     ok: Any,
     tx: Any = None,
+    *,
+    donate: bool = False,
 ) -> Any:
     """The state with new leaves and slots; all other leaves are the same objects.
 
@@ -39,17 +43,17 @@ def commit(
       arrays: their new values.
       ok: whether the guard let them through, a boolean scalar, or None without guard.
       tx: the optimizer for other paths, by default that of the state.
+      donate: whether stacked leaves of which layers were edited give their memory to the new ones, and are gone.
     """
-    params: dict[str, Any] = {}
+    may_donate = unshared(state) if donate else never
+    params = whole_leaves(parts, [unit.after for unit in plan], [new.params for new in arrays], may_donate)
     slots: dict[int, Any] = {}
     pieces: dict[tuple[int, str], dict[str, Any]] = {}
-    for unit, new in zip(plan, arrays, strict=True):
-        params.update(zip(unit.after.paths, new.params, strict=True))
-        for slot, value in zip(unit.after.slots, new.slots, strict=True):
-            if slot.offset is None:
-                slots[slot.index] = value
-            else:
-                pieces.setdefault((slot.index, slot.group), {})[unit.after.path(slot)] = value
+    for slot, path, value in whole_slots(parts, plan, arrays, lambda slot: slot_of(slot, parts), may_donate):
+        if slot.offset is None:
+            slots[slot.index] = value
+        else:
+            pieces.setdefault((slot.index, slot.group), {})[path] = value
     repaths = any(unit.other is not None for unit in plan)
     leaves = repathed(parts.params, [path for unit in plan for path in unit.paths], params) if repaths else parts.params
     olds = {slot.group: slot for unit in plan for slot in unit.slots if slot.offset is not None}
@@ -61,8 +65,14 @@ def commit(
         opt_state = _restarted(opt_state, restarts, ok)
         return state.replace(params=jax.tree.unflatten(leaves.treedef, leaves.values), opt_state=opt_state)
     slots |= {one.index: _anew(one, parts.opt_leaves[one.index], ok) for one in restarts}
-    places = {place: params[path] for unit in plan for place, path in zip(unit.places, unit.paths, strict=True)}
+    places = {place: params[parts.params.paths[place]] for unit in plan for place in unit.places}
     return put_back(state, parts, places, slots)
+
+
+def slot_of(slot: Slot, parts: Parts) -> Any:
+    """The slot of a whole parameter."""
+    leaf = parts.opt_leaves[slot.index]
+    return leaf if slot.offset is None else piece_of(leaf, slot, parts.params.values[slot.owner])
 
 
 def piece_of(leaf: Any, slot: Slot, param: Any) -> Any:
@@ -111,7 +121,8 @@ def _restarts(
     old = dict(zip(parts.params.paths, parts.params.values, strict=True))
 
     def reshapes(unit: Unit) -> bool:
-        return unit.other is not None or any(np.shape(old[path]) != np.shape(params[path]) for path in unit.paths)
+        paths = [parts.params.paths[place] for place in unit.places]
+        return unit.other is not None or any(np.shape(old[path]) != np.shape(params[path]) for path in paths)
 
     def due(one: Restart) -> bool:
         if one.when == "edit":

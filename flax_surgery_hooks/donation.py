@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -69,18 +69,24 @@ def unaliased(ready: Sequence[Ready], state: Any) -> list[Ready]:
 
     Optimizers that remember the parameters they started from (prodigy, mechanize) may hold the very same buffer.
     """
+    own = unshared(state)
+
+    def copied(leaf: Any) -> Any:
+        return leaf if own(leaf) else jnp.copy(leaf)
+
+    return [one._replace(placed=Arrays(*jax.tree.map(copied, tuple(one.placed)))) for one in ready]
+
+
+def unshared(state: Any) -> Callable[[Any], bool]:
+    """Whether an array, or what is no array, shares its memory with no other leaf of the state."""
     leaves = jax.tree.leaves(state)
     if len(leaves) == 1 and leaves[0] is state:  # no pytree, only something with the fields of a train state
         leaves = jax.tree.leaves((state.params, state.opt_state, getattr(state, "surgery", None)))
     shared = Counter(map(_buffer, leaves))
-
-    def own(leaf: Any) -> Any:
-        return jnp.copy(leaf) if isinstance(leaf, jax.Array) and shared[_buffer(leaf)] > 1 else leaf
-
-    return [one._replace(placed=Arrays(*jax.tree.map(own, tuple(one.placed)))) for one in ready]
+    return lambda leaf: not isinstance(leaf, jax.Array) or shared[_buffer(leaf)] <= 1
 
 
 def _buffer(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return id(leaf)
+    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.is_deleted():
+        return id(leaf)  # one that was donated has nothing to share any more
     return leaf.addressable_shards[0].data.unsafe_buffer_pointer() if leaf.addressable_shards else id(leaf)

@@ -111,19 +111,23 @@ def fire(
     at = jnp.int32(step)
     fires = [fire_for(unit, key, at, inputs) for unit in plan]
     held = state.params
-    samples = sampled("before", held, [path for unit in plan for path in unit.paths]) if operation.histograms else {}
+    layers = {path: layer for unit in plan for path, _, layer in unit.pieces if layer is not None}
+    paths = [path for unit in plan for path in unit.paths]
+    samples = sampled("before", held, paths, layers) if operation.histograms else {}
     outcome = run(
         programs, plan, arrays, fires, may_reshape=reshape.declared, commit=commit, donate=donate, state=state
     )
     if outcome.applied:
-        state = commit_arrays(operation, state, parts, plan, outcome.arrays, outcome.ok, reshape.tx)
+        state = commit_arrays(
+            operation, state, parts, plan, outcome.arrays, outcome.ok, reshape.tx, donate=outcome.donated
+        )
         if operation.edit.takes("memory"):
             state = memory.put(state, name, remembered_by(operation, plan, outcome.arrays))
     reshaped = shapes(state.params) != shapes(held)
     if reshaped:
         state = reshape.replaced(state)
     record = record_of(operation, plan, outcome)
-    samples |= sampled("after", state.params, record.paths) if operation.histograms else {}
+    samples |= sampled("after", state.params, record.paths, layers) if operation.histograms else {}
     figures, leaves = (outcome.figures, outcome.leaves) if operation.figures else ({}, None)
     return state, Fired(record, figures, leaves, samples, outcome.ok, reshaped)
 

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from flax_surgery_hooks import fires, memory
 from flax_surgery_hooks.committing import commit, restarts_at
 from flax_surgery_hooks.errors import HookError, StateError, located
+from flax_surgery_hooks.layers import Layer
 from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.metrics import FIELDS
 from flax_surgery_hooks.mirrors import Mirrors, original, view
@@ -327,15 +328,20 @@ def _step_of(state: Any) -> Any:
 
 def _places(unit: Unit, parts: Parts, lying: Lying) -> Places:
     """Where the arrays of a unit lie: as their types tell under Explicit axes, else as was seen of the state."""
-    known = [(lying.params, parts.params.values, unit.places)]
-    known.append((lying.opt_leaves, parts.opt_leaves, tuple(slot.index for slot in unit.slots if slot.offset is None)))
     found = []
-    for seen, leaves, places in known:
-        fits = len(seen) == len(leaves)
-        found += [
-            (jnp.shape(leaves[place]), _sharding(leaves[place], seen[place] if fits else None)) for place in places
-        ]
+    for place, layer in ((place, layer) for _, place, layer in unit.pieces):
+        found.append(_piece(parts.params.values, lying.params, place, layer))
+    for slot in (slot for slot in unit.slots if slot.offset is None):
+        layer = None if slot.axis is None or slot.layer is None else Layer(slot.axis, slot.layer)
+        found.append(_piece(parts.opt_leaves, lying.opt_leaves, slot.index, layer))
     return places_of(found)
+
+
+def _piece(leaves: Sequence[Any], seen: Sequence[Any], place: int, layer: Layer | None) -> tuple[Any, Any]:
+    """Shape and sharding of a leaf or layer."""
+    leaf = leaves[place]
+    sharding = _sharding(leaf, seen[place] if len(seen) == len(leaves) else None)
+    return (jnp.shape(leaf), sharding) if layer is None else (layer.shape(jnp.shape(leaf)), layer.sharding(sharding))
 
 
 def _sharding(leaf: Any, seen: Any) -> Any:

@@ -51,6 +51,12 @@ class Layout(Protocol):
     def lower(self, moved: jax.Array, shapes: Sequence[Shape]) -> list[jax.Array]:
         """The parts of a moved slot, in these shapes."""
 
+    def layers(self, shapes: Sequence[Shape], leaf: Shape, axis: int) -> list[int | None] | None:
+        """Along which axis of each part lie the parts of a stacked leaf's layers, which lie along `axis` in the leaf.
+
+        None for a part that says nothing of any layer; None for all where layers share what a part says.
+        """
+
 
 @dataclass(frozen=True)
 class _Traits:
@@ -61,6 +67,10 @@ class _Traits:
     stacked: bool = False
     keeps: bool = False
     needs_transport: bool = False
+
+    def layers(self, shapes: Sequence[Shape], leaf: Shape, axis: int) -> list[int | None] | None:
+        """None: what they say is of the whole leaf."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,22 @@ class Factored(_Traits):
             return [jnp.zeros(row, moved.dtype), jnp.zeros(column, moved.dtype), moved]
         small, large = dims
         return [moved.mean(axis=large), moved.mean(axis=small), jnp.zeros(whole, moved.dtype)]
+
+    def layers(self, shapes: Sequence[Shape], leaf: Shape, axis: int) -> list[int | None] | None:
+        """Those of the factors, unless a mean is taken over layers; those of the whole where there are no factors."""
+        row, column, whole = shapes
+        dims = _dims(leaf, row, column)
+        if axis in dims or not (dims or whole == leaf):
+            return None
+        small, large = dims or (len(leaf), len(leaf))
+        axes = [axis - (large < axis), axis - (small < axis), None] if dims else [None, None, axis]
+        rows, columns = (_without(part, one) for part, one in zip((row, column), axes[:2], strict=True))
+        fits = _dims(_without(leaf, axis), rows, columns) == tuple(one - (axis < one) for one in dims)
+        return axes if fits else None  # where sizes are equal, a layer alone may look as if it lay otherwise
+
+
+def _without(shape: Shape, axis: int | None) -> Shape:
+    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
 
 
 def _dims(leaf: Shape, row: Shape, column: Shape) -> tuple[int, ...]:
@@ -168,6 +194,10 @@ class PerUnit(_Traits):
         shared = tuple(i for i, size in enumerate(shapes[0]) if size == 1)
         return [jnp.broadcast_to(moved.max(axis=shared, keepdims=True, initial=0), shapes[0])]
 
+    def layers(self, shapes: Sequence[Shape], leaf: Shape, axis: int) -> list[int | None] | None:
+        """Those of the units, unless layers share them."""
+        return [axis] if shapes[0][axis] == leaf[axis] else None
+
 
 @dataclass(frozen=True)
 class Stacked(_Traits):
@@ -191,6 +221,10 @@ class Stacked(_Traits):
         """The stack as it is."""
         return [moved]
 
+    def layers(self, shapes: Sequence[Shape], leaf: Shape, axis: int) -> list[int | None] | None:
+        """Behind the axis of past values."""
+        return [axis + 1]
+
 
 @dataclass(frozen=True)
 class Projected(_Traits):
@@ -212,6 +246,21 @@ class Projected(_Traits):
     def lower(self, moved: jax.Array, shapes: Sequence[Shape]) -> list[jax.Array]:
         """Not called."""
         return [moved]
+
+    def layers(self, shapes: Sequence[Shape], leaf: Shape, axis: int) -> list[int | None] | None:
+        """Only of leaves without projector, for which the parts are empty."""
+        return None if any(map(math.prod, shapes)) else [None] * len(shapes)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The shape of a slot that keeps it: one of a layer, which cannot change its own."""
+
+    held: Shape
+
+    def shape(self, leaf: Shape) -> Shape:
+        """The slot's shape."""
+        return self.held
 
 
 @dataclass(frozen=True)
@@ -252,7 +301,7 @@ class Laid:
     layout: Any
     bundle: str
     leaf: Shape
-    made: Made
+    made: Made | Fixed
 
     def action(self, rule: Any, new_leaf: Shape) -> str:
         """What a rule that follows the edit does: "move", "keep" or "restart"."""

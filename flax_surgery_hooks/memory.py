@@ -17,8 +17,9 @@ from flax_surgery_hooks.errors import StateError, StructureError, located
 from flax_surgery_hooks.operation import Operation, Unit, compute_dtype, like, units
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.placement import as_before, auto_axes, beside, like_neighbours, out_sharding, relabelled
-from flax_surgery_hooks.planning import memory_of
+from flax_surgery_hooks.planning import leaves_of, memory_of
 from flax_surgery_hooks.programs import shapes_of
+from flax_surgery_hooks.restacking import whole_leaves
 from flax_surgery_hooks.surgery import key_for, path_hash
 from flax_surgery_hooks.train_state import put_back, take_apart
 
@@ -73,7 +74,7 @@ def fitted(state: Any, hooks: Sequence[Named], seed: int, *, anew: bool = False)
             plan = units(operation, parts.params, {})
             made = {}
             for unit in plan:
-                leaves = dict(zip(unit.paths, (parts.params.values[place] for place in unit.places), strict=True))
+                leaves = dict(zip(unit.paths, leaves_of(unit, parts), strict=True))
                 key = key_for(jax.random.key(seed, impl="threefry2x32"), name)
                 kept = _kept(operation, unit, everything.get(name), anew)
                 made[unit.paths[0]] = _made(operation, leaves, key, kept, anew)
@@ -162,24 +163,32 @@ def _observe_one(state: Any, name: str, operation: Operation, seed: int, inputs:
     if method.takes("key"):
         key = jax.random.fold_in(key_for(jax.random.key(seed, impl="threefry2x32"), name), path_hash("observe"))
         key = jax.random.fold_in(key, step)
-    params: dict[int, Any] = {}
+    values: list[list[Any]] = []
+    edited: set[int] = set()
     memory = dict(remembered) if isinstance(remembered, Mapping) else remembered
     for unit in plan:
-        old = {path: parts.params.values[place] for path, place in zip(unit.paths, unit.places, strict=True)}
+        old = dict(zip(unit.paths, leaves_of(unit, parts), strict=True))
         mine = memory_of(operation, unit, remembered)
         wide = {path: _wide(leaf) for path, leaf in old.items()}
         hashes = {path: path_hash(path) for path in unit.paths}
         called = calling.call(
             operation.edit, wide, key=key, step=step, inputs=inputs, hashes=hashes, memory=mine, method=method
         )
-        for path, place in zip(unit.paths, unit.places, strict=True):
-            if called.leaves[path] is not wide[path]:
-                params[place] = _same_shape(method.name, path, called.leaves[path], old[path])
+        changed = {path for path in unit.paths if called.leaves[path] is not wide[path]}
+        edited |= {place for path, place in zip(unit.paths, unit.places, strict=True) if path in changed}
+        values.append(
+            [
+                _same_shape(method.name, path, called.leaves[path], old[path]) if path in changed else old[path]
+                for path in unit.paths
+            ]
+        )
         if method.takes("memory"):
             calling.check_memory(method.name, mine, called.memory)
             new = jax.tree.map(like, called.memory, mine)
             memory = new if operation.edit.many else {**memory, unit.paths[0]: new}
-    state = put_back(state, parts, params, {}) if params else state
+    if edited:
+        new = whole_leaves(parts, plan, values)
+        state = put_back(state, parts, {place: new[parts.params.paths[place]] for place in edited}, {})
     return put(state, name, memory) if method.takes("memory") else state
 
 

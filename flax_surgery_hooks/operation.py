@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_surgery_hooks.errors import SlotError, located
+from flax_surgery_hooks.layer_slots import slots_of_layer
+from flax_surgery_hooks.layers import Layer
 from flax_surgery_hooks.paths import Leaves, listed
 from flax_surgery_hooks.rules import SlotRules
-from flax_surgery_hooks.selection import Selection
+from flax_surgery_hooks.selection import Pick, Selection
 from flax_surgery_hooks.slots import Slot
 from flax_surgery_hooks.surgery import Edit, path_hash
 
@@ -59,16 +61,26 @@ class Side:
       places: their places among the flattened parameters.
       slots: their slots in the optimizer state.
       dtypes: dtypes of leaves and slots, `NO_DTYPES` where those before the edit hold.
+      layers: which layer of a stacked leaf each is, or None for the whole leaf; () if all are whole.
     """
 
     paths: tuple[str, ...]
     places: tuple[int, ...]
     slots: tuple[Slot, ...]
     dtypes: tuple[tuple[Any, ...], tuple[Any, ...]] = NO_DTYPES
+    layers: tuple[Layer | None, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[tuple[str, int, Layer | None], ...]:
+        """Path, place and layer of each leaf."""
+        return tuple(zip(self.paths, self.places, self.layers or (None,) * len(self.paths), strict=True))
 
     def position(self, slot: Slot) -> int:
         """Which of the leaves a slot belongs to."""
-        return self.places.index(slot.owner)
+        if not self.layers:
+            return self.places.index(slot.owner)
+        held = [(place, layer and layer.index) for _, place, layer in self.pieces]
+        return held.index((slot.owner, slot.layer))
 
     def path(self, slot: Slot) -> str:
         """The path of the leaf that a slot belongs to."""
@@ -136,27 +148,48 @@ def fire_for(unit: Unit, key: jax.Array | None, step: Any, inputs: dict[str, Any
     return Fire(key, step, inputs, tuple(path_hash(path) for path in unit.paths), memory)
 
 
-def units(operation: Operation, leaves: Leaves, slots: Mapping[int, tuple[Slot, ...]]) -> list[Unit]:
+def units(
+    operation: Operation, leaves: Leaves, slots: Mapping[int, tuple[Slot, ...]], opt_leaves: Sequence[Any] = ()
+) -> list[Unit]:
     """Selects leaves and groups them by call of the surgery.
 
+    Args:
+      operation: the surgery and its rules.
+      leaves: the flattened parameters.
+      slots: place of a parameter -> its slots.
+      opt_leaves: the leaves of the optimizer state that these are in.
+
     Raises:
-      SelectionError: see `Selection.resolve`.
+      SelectionError: see `Selection.picks`.
       SlotError: a slot whose layout or starting value the rule cannot use.
     """
-    places = operation.selection.resolve(leaves)
-    for place in places:
-        with located(path=leaves.paths[place]):
-            for slot in slots.get(place, ()):
-                _check_start(operation, slot)
-    grouped = [places] if operation.edit.many else [(place,) for place in places]
+    picks = operation.selection.picks(leaves)
+    found = [_pick_slots(operation, pick, leaves, slots.get(pick.place, ()), opt_leaves) for pick in picks]
+    every = range(len(picks))
+    grouped = [tuple(every)] if operation.edit.many else [(i,) for i in every]
     return [
         Unit(
-            tuple(leaves.paths[place] for place in group),
-            tuple(group),
-            tuple(slot for place in group for slot in slots.get(place, ())),
+            tuple(picks[i].path(leaves) for i in group),
+            tuple(picks[i].place for i in group),
+            tuple(slot for i in group for slot in found[i]),
+            layers=tuple(picks[i].layer for i in group) if any(picks[i].layer for i in group) else (),
         )
         for group in grouped
     ]
+
+
+def _pick_slots(
+    operation: Operation, pick: Pick, leaves: Leaves, slots: tuple[Slot, ...], opt_leaves: Sequence[Any]
+) -> tuple[Slot, ...]:
+    with located(path=pick.path(leaves)):
+        for slot in slots:
+            _check_start(operation, slot)
+        if pick.layer is None or not slots:
+            return slots
+        shapes = {slot.index: np.shape(opt_leaves[slot.index]) for slot in slots}
+        kept = frozenset(slot.kind for slot in slots if operation.rules.rule(slot.kind) == "keep")
+        kept = kept if operation.edit.edit_slots is None else frozenset()
+        return slots_of_layer(slots, pick.layer, np.shape(leaves.values[pick.place]), shapes, kept)
 
 
 def _check_start(operation: Operation, slot: Slot) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flax_surgery_hooks import checks, lineage, transport
 from flax_surgery_hooks.calling import call, call_fold_back
-from flax_surgery_hooks.errors import RuleError, SurgeryFunctionError, UserCodeError, located
+from flax_surgery_hooks.errors import RuleError, StructureError, SurgeryFunctionError, UserCodeError, located
 from flax_surgery_hooks.following import move_slots
 from flax_surgery_hooks.metrics import Change, Pair, combine, measure
 from flax_surgery_hooks.operation import NOTHING, Fire, Operation, Unit, compute_dtype, follows, like
@@ -199,7 +199,15 @@ def _stored(unit: Unit, place: int, new: jax.Array, old: Any) -> jax.Array:
 
 
 def _check_kept(operation: Operation, unit: Unit, old: Sequence[Any], new: Sequence[jax.Array]) -> None:
-    """Where all slots are kept nothing is known of them, so that no leaf may change its shape."""
+    """A layer has the shape of all others; and where all slots are kept nothing is known of them."""
+    for (path, _, layer), before, after in zip(unit.pieces, old, new, strict=unit.other is None):
+        if layer is not None and jnp.shape(before) != after.shape:
+            raise StructureError(
+                "The edit changes the shape of one layer, and a stacked leaf has one shape for all.",
+                path=path,
+                found=f"{list(jnp.shape(before))} -> {list(after.shape)}",
+                write="the whole leaf, without an index",
+            )
     if not operation.rules.only_keeps:
         return
     for path, before, after in zip(unit.paths, old, new, strict=True):

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks.committing import piece_of
-from flax_surgery_hooks.errors import RuleError, SlotError, StateError
+from flax_surgery_hooks.committing import slot_of
+from flax_surgery_hooks.errors import RuleError, SlotError, StateError, StructureError
+from flax_surgery_hooks.layers import Layer, taken
 from flax_surgery_hooks.operation import Fire, Operation, Side, Unit, compute_dtype, fire_for, units
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.perform import call_unit
@@ -36,7 +37,7 @@ def plan_units(
     """
     blind = operation.rules.only_keeps and operation.edit.edit_slots is None
     slots = {} if blind else slots_of(parts.tx, parts.opt_state, parts.params)
-    plan = units(operation, parts.params, slots)
+    plan = units(operation, parts.params, slots, parts.opt_leaves)
     if operation.edit.edit_slots is not None and not any(unit.slots for unit in plan):
         raise SlotError(
             f"The surgery {operation.edit.name} edits optimizer slots, and the selected leaves have none.",
@@ -77,24 +78,36 @@ def memory_of(operation: Operation, unit: Unit, memory: Any) -> Any:
 def arrays_of(unit: Unit, parts: Parts, memory: Any = ()) -> Arrays:
     """The values of a unit's leaves and slots, and what is remembered of them."""
     return Arrays(
-        tuple(parts.params.values[place] for place in unit.places),
+        leaves_of(unit, parts),
         tuple(_value(parts, slot) for slot in unit.slots),
         memory,
     )
 
 
+def leaves_of(unit: Unit, parts: Parts) -> tuple[Any, ...]:
+    """The values of a unit's leaves."""
+    values = parts.params.values
+    return tuple(values[place] if layer is None else taken(values[place], layer) for _, place, layer in unit.pieces)
+
+
 def _value(parts: Parts, slot: Slot) -> Any:
-    leaf = parts.opt_leaves[slot.index]
-    return leaf if slot.offset is None else piece_of(leaf, slot, parts.params.values[slot.owner])
+    leaf = slot_of(slot, parts)
+    return leaf if slot.axis is None or slot.layer is None else taken(leaf, Layer(slot.axis, slot.layer))
 
 
 def _with_paths_after(operation: Operation, unit: Unit, parts: Parts, fire: Fire, tx: Any) -> Unit:
     """The unit, with its leaves and slots after an edit that adds or removes some."""
-    held = dict(zip(unit.paths, (as_abstract(parts.params.values[place]) for place in unit.places), strict=True))
+    held = dict(zip(unit.paths, map(as_abstract, leaves_of(unit, parts)), strict=True))
     wide = {path: jax.ShapeDtypeStruct(leaf.shape, compute_dtype(leaf.dtype)) for path, leaf in held.items()}
     new = jax.eval_shape(lambda leaves, fire: call_unit(operation, unit, leaves, fire).leaves, wide, fire)
     if set(new) == set(unit.paths):
         return unit
+    if unit.layers:
+        raise StructureError(
+            "Layers of a stacked leaf can neither be added nor removed, nor can leaves beside them.",
+            found=f"{listed(unit.paths)} -> {listed(new)}",
+            write="whole leaves in the selection, or an edit that returns the paths it was given",
+        )
     dtypes = {path: held[path].dtype if path in held else _dtype(leaf.dtype, held) for path, leaf in new.items()}
     made = {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in new.items()}
     params = repathed(parts.params, unit.paths, made)

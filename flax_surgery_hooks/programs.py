@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_surgery_hooks.calling import check_memory
 from flax_surgery_hooks.errors import StructureError, SurgeryError
+from flax_surgery_hooks.layers import Layer
 from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
 from flax_surgery_hooks.passes import Passes
 from flax_surgery_hooks.perform import Edited, examine, perform
@@ -180,7 +181,7 @@ class Programs:
 
     def _stand_in(self, unit: Unit) -> Unit:
         """The unit that stands for all of its signature; itself where the path matters to the surgery."""
-        key = unit if self._by_path else unit.slots
+        key = unit if self._by_path else (unit.slots, bool(unit.layers))
         common = self._common.get(key)
         if common is None:
             common = unit if self._by_path else _generic(unit)
@@ -265,8 +266,13 @@ def editing(
 
 
 def _generic(unit: Unit) -> Unit:
-    slots = tuple(dataclasses.replace(slot, index=i, owner=0, offset=None) for i, slot in enumerate(unit.slots))
-    return Unit((ANY_LEAF,), (0,), slots)
+    layers = (Layer(0, 0),) if unit.layers else ()  # what takes a layer out of its leaf runs before and after
+    of = 0 if layers else None
+    slots = tuple(
+        dataclasses.replace(slot, index=i, owner=0, offset=None, layer=of, axis=None)
+        for i, slot in enumerate(unit.slots)
+    )
+    return Unit((ANY_LEAF,), (0,), slots, layers=layers)
 
 
 def _everywhere(arrays: Arrays) -> NamedSharding | None:

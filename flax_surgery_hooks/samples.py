@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flax_surgery_hooks.layers import Layer, taken
 from flax_surgery_hooks.paths import flatten
 from flax_surgery_hooks.placement import relabelled
 
@@ -16,16 +17,21 @@ MOST = 1 << 20
 """Of a larger leaf as many elements, evenly spread, so that a histogram never holds a second copy of a large one."""
 
 
-def sampled(when: str, params: Any, paths: Iterable[str]) -> dict[str, jax.Array]:
+def sampled(
+    when: str, params: Any, paths: Iterable[str], layers: Mapping[str, Layer] | None = None
+) -> dict[str, jax.Array]:
     """Elements of the float leaves at these paths, "<when>/<path>" -> 1-d array, as float32.
 
     Args:
       when: "before" or "after".
       params: the parameters then.
       paths: of the leaves; one that is missing is left out.
+      layers: those of the paths that are of layers of stacked leaves.
     """
     leaves = flatten(params)
     held = dict(zip(leaves.paths, leaves.values, strict=True))
+    for path, layer in (layers or {}).items():
+        held[path] = taken(held[layer.leaf_path(path)], layer)
     return {
         f"{when}/{path}": _spread(relabelled(jnp.asarray(held[path])), MOST)
         for path in paths

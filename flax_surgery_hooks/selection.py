@@ -7,26 +7,43 @@ import functools
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 
 from flax_surgery_hooks.errors import SelectionError, UserCodeError, shorten, typed
+from flax_surgery_hooks.globs import compile_glob, terminated
+from flax_surgery_hooks.layer_index import LayerIndex, without_index
+from flax_surgery_hooks.layers import Layer
 from flax_surgery_hooks.paths import Leaves, close_matches, listed
 
 Patterns: TypeAlias = "str | Callable[[str, Any], bool] | Sequence[Patterns] | Selection"
 """What selects leaves: a glob, a `re:` pattern, a predicate of (path, leaf), a list of these, or a `Selection`."""
 
-# Braces multiply: a dozen pairs of them would be thousands of patterns, and surely not what was meant.
-_MAX_ALTERNATIVES = 1000
+
+class Pick(NamedTuple):
+    """What a selection takes of one leaf.
+
+    Attributes:
+      place: place of the leaf in tree order.
+      layer: the one layer that is taken of a stacked leaf, or None for the whole leaf.
+    """
+
+    place: int
+    layer: Layer | None = None
+
+    def path(self, leaves: Leaves) -> str:
+        """Its path, with the layer's index at the end."""
+        path = leaves.paths[self.place]
+        return path if self.layer is None else self.layer.path(path)
 
 
 class Term(Protocol):
     """One part of a selection: a `Glob`, a `Regex`, a `Predicate` or a whole `Selection`."""
 
-    def resolve(self, leaves: Leaves) -> tuple[int, ...]:
-        """Indices of the leaves that match, at least one."""
+    def picks(self, leaves: Leaves) -> tuple[Pick, ...]:
+        """The leaves or layers that match, at least one."""
 
     def describe(self) -> Any:
         """A JSON-able description that is the same in every process."""
@@ -39,23 +56,32 @@ class Glob:
     pattern: str
 
     def __post_init__(self):
-        _compile_glob(self.pattern)
+        compile_glob(self._split[0])
 
-    def resolve(self, leaves: Leaves) -> tuple[int, ...]:
-        """Indices of the leaves whose path matches."""
-        return self._matches(leaves) or _raise_no_match(f"The pattern {self.pattern!r}", leaves, self._hints(leaves))
+    @property
+    def _split(self) -> tuple[str, LayerIndex | None]:
+        return without_index(self.pattern)
+
+    def picks(self, leaves: Leaves) -> tuple[Pick, ...]:
+        """The leaves whose path matches, or the layers that the index takes of them."""
+        index = self._split[1]
+        places = self._matches(leaves) or _raise_no_match(f"The pattern {self.pattern!r}", leaves, self._hints(leaves))
+        if index is None:
+            return tuple(map(Pick, places))
+        return tuple(Pick(place, layer) for place in places for layer in index.of(leaves, place))
 
     def describe(self) -> str:
         """The pattern as written."""
         return self.pattern
 
     def _matches(self, leaves: Leaves) -> tuple[int, ...]:
-        regex = _compile_glob(self.pattern)
-        return tuple(i for i, path in enumerate(leaves.paths) if regex.fullmatch(_terminated(path)))
+        regex = compile_glob(self._split[0])
+        return tuple(i for i, path in enumerate(leaves.paths) if regex.fullmatch(terminated(path)))
 
     def _hints(self, leaves: Leaves) -> list[str]:
         """A module named without what is in it, a name without its module, or a misspelling."""
-        wider = [f"{self.pattern}/**", f"**/{self.pattern}", f"**/{self.pattern}/**"]
+        stem, index = self._split[0], self._split[1] or ""
+        wider = [f"{stem}/**{index}", f"**/{stem}{index}", f"**/{stem}/**{index}"]
         found = [pattern for pattern in wider if Glob(pattern)._matches(leaves)]
         return found[:1] or close_matches(self.pattern, leaves.paths)
 
@@ -76,10 +102,10 @@ class Regex:
                 write=r"for example 're:Dense_[0-3]/kernel'; a backslash before a character meant literally",
             ) from error
 
-    def resolve(self, leaves: Leaves) -> tuple[int, ...]:
-        """Indices of the leaves whose path matches."""
+    def picks(self, leaves: Leaves) -> tuple[Pick, ...]:
+        """The leaves whose path matches."""
         regex = re.compile(self.pattern)
-        matched = tuple(i for i, path in enumerate(leaves.paths) if regex.fullmatch(path))
+        matched = tuple(Pick(i) for i, path in enumerate(leaves.paths) if regex.fullmatch(path))
         return matched or _raise_no_match(f"The pattern {self.describe()!r}", leaves, self._hints(leaves))
 
     def describe(self) -> str:
@@ -98,10 +124,10 @@ class Predicate:
 
     fn: Callable[[str, Any], bool]
 
-    def resolve(self, leaves: Leaves) -> tuple[int, ...]:
-        """Indices of the leaves for which the function is true."""
+    def picks(self, leaves: Leaves) -> tuple[Pick, ...]:
+        """The leaves for which the function is true."""
         pairs = zip(leaves.paths, leaves.values, strict=True)
-        matched = tuple(i for i, (path, leaf) in enumerate(pairs) if self._call(path, leaf))
+        matched = tuple(Pick(i) for i, (path, leaf) in enumerate(pairs) if self._call(path, leaf))
         return matched or _raise_no_match(f"The predicate {self.describe()}", leaves, [])
 
     def describe(self) -> str:
@@ -150,8 +176,7 @@ class Selection:
         """Indices of the selected leaves, in tree order; there is at least one.
 
         Raises:
-          SelectionError: a pattern (each one, also among the excluded) matches nothing, everything is excluded,
-            the count differs from `expect`, or a predicate returns something else than a bool.
+          SelectionError: as for `picks`, or layers of a leaf are selected.
           UserCodeError: a predicate raises.
 
         >>> from flax_surgery_hooks import paths
@@ -159,19 +184,41 @@ class Selection:
         >>> select("**/kernel").resolve(leaves)
         (1, 2)
         """
-        included = {index for term in self.include for index in term.resolve(leaves)}
-        excluded = {index for term in self.exclude for index in term.resolve(leaves)}
-        selected = tuple(sorted(included - excluded))
+        picks = self.picks(leaves)
+        layers = [pick.path(leaves) for pick in picks if pick.layer is not None]
+        if layers:
+            raise SelectionError(
+                "Only whole leaves can be selected here, no layers.", found=listed(layers), write="no index"
+            )
+        return tuple(pick.place for pick in picks)
+
+    def picks(self, leaves: Leaves) -> tuple[Pick, ...]:
+        """The selected leaves and layers, in tree order, layers by index; there is at least one.
+
+        Raises:
+          SelectionError: a pattern (each one, also among the excluded) matches nothing or has an index that a leaf has
+            not, a leaf is selected as a whole and by layers, everything is excluded, the count differs from `expect`,
+            or a predicate returns something else than a bool.
+          UserCodeError: a predicate raises.
+
+        >>> from flax_surgery_hooks import paths
+        >>> leaves = paths.flatten({"layers": {"kernel": np.ones((3, 2, 2))}})
+        >>> [pick.path(leaves) for pick in select("layers/**", exclude="**/kernel[0]").picks(leaves)]
+        ['layers/kernel[1]', 'layers/kernel[2]']
+        """
+        included = {pick for term in self.include for pick in term.picks(leaves)}
+        excluded = {pick for term in self.exclude for pick in term.picks(leaves)}
+        selected = _remaining(leaves, included, excluded)
         if not selected:
             raise SelectionError(
                 "Everything that was selected is also excluded.",
-                found=listed(leaves.paths[index] for index in sorted(included)),
+                found=listed(pick.path(leaves) for pick in _in_order(included)),
                 write="a narrower exclude=",
             )
         if self.expect is not None and len(selected) != self.expect:
             raise SelectionError(
                 f"Expected {self.expect} leaves, but {len(selected)} are selected.",
-                found=listed(leaves.paths[index] for index in selected),
+                found=listed(pick.path(leaves) for pick in selected),
                 write=f"expect={len(selected)}, or another pattern",
             )
         return selected
@@ -196,6 +243,12 @@ def select(params: Patterns, exclude: Patterns | None = None, expect: int | None
     number of whole names, also none: `**/kernel` matches `kernel` and `a/b/kernel`. `{a,b}` stands for `a` or `b`, and
     may be nested. The path of a single bare array is empty, and `**` matches it.
 
+    An index or slice at the very end, as Python has them, takes layers of a stacked leaf, such as `nn.scan` makes:
+    `layers/**/kernel[3]`, `[-1]`, `[2:4]`. Each layer is a leaf of its own to the surgery, with this path and without
+    the stacked axis: the first, or the one that the leaf's box names "layers". `exclude=` takes layers out of leaves
+    that are selected as a whole; to select a leaf as a whole and by layers is an error, as a norm or a mean of it would
+    not say of what.
+
     Args:
       params: a glob, a regular expression such as `"re:Dense_[0-3]/kernel"` that must match the whole path, a predicate
         called with (path, leaf), a list or tuple of these (all that any of them matches), or another `Selection`.
@@ -214,6 +267,38 @@ def select(params: Patterns, exclude: Patterns | None = None, expect: int | None
         return params
     excluded = () if exclude is None else tuple(_terms(exclude, "exclude="))
     return Selection(tuple(_terms(params, "params=")), excluded, None if expect is None else _as_count(expect))
+
+
+def _in_order(picks: Iterable[Pick]) -> tuple[Pick, ...]:
+    return tuple(sorted(picks, key=lambda pick: (pick.place, -1 if pick.layer is None else pick.layer.index)))
+
+
+def _remaining(leaves: Leaves, included: set[Pick], excluded: set[Pick]) -> tuple[Pick, ...]:
+    """What is left of the included; a whole leaf of which layers are excluded is its other layers."""
+    gone = {pick.place for pick in excluded if pick.layer is None}
+    held = {pick for pick in included if pick.place not in gone}
+    both = {pick.place for pick in held if pick.layer is not None} & {pick.place for pick in held if pick.layer is None}
+    if both:
+        raise SelectionError(
+            "A leaf is selected as a whole and by layers.",
+            path=leaves.paths[min(both)],
+            found=listed(pick.path(leaves) for pick in _in_order(held) if pick.place in both),
+            write="one of them; exclude= with an index takes layers out of the whole leaf",
+        )
+    cut = {pick.place for pick in excluded if pick.layer is not None}
+    apart = {
+        part
+        for pick in held
+        for part in (
+            [Pick(pick.place, layer) for layer in _EVERY.of(leaves, pick.place)]
+            if pick.layer is None and pick.place in cut
+            else [pick]
+        )
+    }
+    return _in_order(apart - excluded)
+
+
+_EVERY = LayerIndex(":")
 
 
 def _terms(patterns: Any, argument: str) -> Iterator[Term]:
@@ -268,89 +353,3 @@ def _raise_no_match(what: str, leaves: Leaves, hints: list[str]) -> NoReturn:
         found=listed(map(repr, leaves.paths)) if leaves.paths else "no parameters at all",
         write=" or ".join(map(repr, hints)) or None,
     )
-
-
-def _terminated(path: str) -> str:
-    """Every name followed by a slash: the empty path has no names, and `**` needs no special cases at either end."""
-    return f"{path}/" if path else ""
-
-
-@functools.lru_cache(maxsize=1024)
-def _compile_glob(pattern: str) -> re.Pattern[str]:
-    """A regular expression for `_terminated` paths.
-
-    Raises:
-      SelectionError: the glob is malformed.
-    """
-    if "[" in pattern:
-        raise SelectionError(
-            "Brackets are not part of a glob, and layer slices of a stacked leaf are not supported yet.",
-            found=repr(pattern),
-            write="the whole leaf, and kernel.at[3].set(...) in the surgery; for a character class, 're:Dense_[0-3]'",
-        )
-    regexes = [_names_regex(_terminated(alternative)) for alternative in _alternatives(pattern)]
-    return re.compile("|".join(regexes))
-
-
-def _names_regex(glob: str) -> str:
-    """The regular expression of a terminated glob without braces."""
-    # Several `**` in a row mean no more than one, and would backtrack exponentially.
-    single = re.sub(r"(?<![^/])(\*\*/)+", "**/", glob)
-    return "".join(r"(?:[^/]*/)*" if name == "**" else f"{_name_regex(name)}/" for name in single.split("/")[:-1])
-
-
-def _name_regex(name: str) -> str:
-    if "**" in name:
-        raise SelectionError(
-            "`**` stands for whole names, and must stand alone between slashes.",
-            found=repr(name),
-            write=repr(re.sub(r"\*+", "*", name)),
-        )
-    wild = {"*": "[^/]*", "?": "[^/]"}
-    return "".join(wild.get(character) or re.escape(character) for character in name)
-
-
-def _alternatives(pattern: str) -> list[str]:
-    """What the braces of a glob stand for, written out, without duplicates.
-
-    >>> _alternatives("{a,b{c,d}}/e")
-    ['a/e', 'bc/e', 'bd/e']
-    """
-    # One entry per open brace, outermost first: its finished alternatives, and what the unfinished one begins with.
-    levels: list[tuple[list[str], list[str]]] = [([], [""])]
-    for token in re.split(r"([{},])", pattern):
-        done, current = levels.pop()
-        if token == "{":
-            levels += [(done, current), ([], [""])]
-        elif token == "}" and levels:
-            outer, heads = levels.pop()
-            levels.append((outer, _crossed(heads, _checked(done + current, pattern), pattern)))
-        elif token == "}":
-            raise _brace_error("A brace is closed that was never opened.", pattern)
-        elif token == "," and levels:
-            levels.append((done + current, [""]))
-        else:
-            levels.append((done, [head + token for head in current]))
-    if len(levels) > 1:
-        raise _brace_error("A brace is opened and never closed.", pattern)
-    return list(dict.fromkeys(levels[0][1]))
-
-
-def _crossed(heads: list[str], tails: list[str], pattern: str) -> list[str]:
-    if len(heads) * len(tails) > _MAX_ALTERNATIVES:
-        raise _brace_error(f"Braces that stand for more than {_MAX_ALTERNATIVES} patterns.", pattern)
-    return [head + tail for head in heads for tail in tails]
-
-
-def _checked(alternatives: list[str], pattern: str) -> list[str]:
-    """The alternatives of one pair of braces, unless they are a slip of the pen."""
-    if alternatives == [""]:
-        raise _brace_error("Braces with nothing in them.", pattern)
-    if any(text != text.strip() for text in alternatives):
-        raise _brace_error("Spaces within braces are taken as part of a name.", pattern)
-    return alternatives
-
-
-def _brace_error(problem: str, pattern: str) -> SelectionError:
-    write = "{kernel,bias} without spaces, or a list of patterns; for a literal brace, a 're:' pattern"
-    return SelectionError(problem, found=repr(pattern), write=write)

@@ -50,6 +50,8 @@ class Slot:
       laid: how it lies if it is not shaped like the parameter, else None.
       offset: where it begins in a vector that holds the slots of all parameters (`optax.flatten`), else None.
       counted: whether the optimizer counts steps per element, so that second moments start from `init` in any case.
+      layer: of which layer of its parameter it is, if that is stacked and a layer of it is edited, else None.
+      axis: along which axis of the optimizer leaf the slots of layers lie; None where `layer` is, or if all are one.
     """
 
     index: int
@@ -61,6 +63,8 @@ class Slot:
     laid: Laid | None = None
     offset: int | None = None
     counted: bool = False
+    layer: int | None = None
+    axis: int | None = None
 
     def shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
         """Its shape when its parameter has this one."""

@@ -47,7 +47,13 @@ def in_place() -> None:
     make_hooks(grow, fsh.at(5), params="bias", options={"on_reshape": print})(0, fsh.bind_nnx(model, optimizer))
 
 
+STACKED = make_state(1, MOMENTUM, w=jnp.ones((3, 4)))
+
 CASES = {
+    "layer_reshaped": Case(lambda: fsh.operate(STACKED, lambda w: w[1:], params="w[-1]"), STRUCTURE,
+                           ("the shape of one layer", "Found: [4] -> [3]", "without an index"), {"path": "w[2]"}),
+    "layer_added": Case(returning(lambda leaves: {**leaves, "u": ONES}, STACKED, "w[1]"), STRUCTURE,
+                        ("can neither be added nor removed", "Found: w[1] -> u, w[1]", "whole leaves")),
     "in_place": Case(in_place, STRUCTURE, ("cannot be added to or removed from a model that is edited in place",
                      "Found: adds scale", "a new `nnx.Optimizer`"), {"hook": "a"}),
     "other_paths": Case(lambda: make_hooks(of_leaves(lambda leaves: {"u": leaves["w"]}))(1, make_state(1)), STRUCTURE,

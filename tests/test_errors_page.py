@@ -209,7 +209,7 @@ ELSEWHERE = {
     "no_match_of_a_predicate": lambda: fsh.operate(PLAIN, halve, params=lambda path, leaf: False),
     "no_match_of_a_regex": lambda: fsh.operate(PLAIN, halve, params="re:q"),
     "regex": lambda: select("re:("),
-    "brackets": lambda: select("a[0]").resolve(None),
+    "brackets": lambda: select("a[0]/b"),
     "stars": lambda: fsh.operate(PLAIN, halve, params="a**"),
     "brace": lambda: fsh.operate(PLAIN, halve, params="{a"),
     "closing_brace": lambda: fsh.operate(PLAIN, halve, params="a}"),
