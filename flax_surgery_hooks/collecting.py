@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from flax_surgery_hooks import checks, in_graph
+from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.settling import NEVER, Fired
 
@@ -89,12 +90,13 @@ class Collector:
         """Fires whose figures others have taken the place of; the schedule knows their steps."""
         if number <= 0:
             return []
-        logging.warning(
-            "Hook %s fired %d times more between two collects than the state has room for; the figures of these fires "
-            "are lost. Write hooks.init(state, fires=%d), or collect more often.",
-            hook.name,
-            number,
-            number + len(kept),
-        )
+        if is_first():
+            logging.warning(
+                "Hook %s fired %d times more between two collects than the state has room for; the figures of these "
+                "fires are lost. Write hooks.init(state, fires=%d), or collect more often.",
+                hook.name,
+                number,
+                number + len(kept),
+            )
         due = hook.when.due_steps(self._last.get(hook.name, -1), kept[0][0] - 1)
         return [self.traced[hook.name].without_figures(step) for step in list(due)[-number:]]
