@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 import jax
 
 from flax_surgery_hooks import fingerprint, processes
-from flax_surgery_hooks.errors import AgreementError, HookError, StateError, shorten
+from flax_surgery_hooks.errors import AgreementError, HookError, shorten
 from flax_surgery_hooks.registration import Hook
 
 LIMIT_SECS = 300.0
 """How long processes wait for each other: as long as `jax.distributed.initialize` does."""
-SHOWN = 3
+SHOWN = 2
 HOOKS, STATE, STEP = "hooks", "state", "step"
 _numbers = itertools.count()  # of comparisons in this process: the n-th of each are compared with each other
 
@@ -54,7 +54,7 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         where = ", ".join(filter(None, (f"{self.what} {self.name!r}" if self.name else self.what, self.field)))
-        values = (f"{shorten(_shown(value), 90)} on process {at}" for at, value in self.values.items())
+        values = (f"{shorten(_shown(value), 60)} on process {at}" for at, value in self.values.items())
         return f"{where}: {', '.join(values)}"
 
 
@@ -97,7 +97,6 @@ class Agreement:
 
         Raises:
           AgreementError: something differs, or a process has not come in time; on every process.
-          StateError: a leaf lies on devices of some of the processes.
         """
         given = {HOOKS: True, STATE: state is not None, STEP: step is not None}
         known = {name for name, is_given in given.items() if is_given}
@@ -107,8 +106,6 @@ class Agreement:
             differing = _differences(_described(call, hooks, settings(), state, step), self._secs)
             if differing:
                 raise _disagreement(differing)
-            if state is not None:
-                _check_reach(state)
         self.pending -= known
 
 
@@ -195,24 +192,3 @@ def _disagreement(found: list[Difference]) -> AgreementError:
 
 def _shown(value: Any) -> str:
     return "nothing" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-def _check_reach(state: Any) -> None:
-    """Raises where a fire would need a process that has no part of a leaf: it could not run its program.
-
-    Raises:
-      StateError: a leaf lies on devices of some of the processes.
-    """
-    everyone = jax.process_count()
-    items, _ = jax.tree_util.tree_flatten_with_path((state.params, state.opt_state))
-    for keys, leaf in items:
-        if not isinstance(leaf, jax.Array):
-            continue
-        reached = fingerprint.reached(leaf.sharding)
-        if len(reached) not in (1, everyone) or (len(reached) == 1 and not leaf.is_fully_addressable):
-            raise StateError(
-                "A leaf lies on devices of some processes only, so that the others cannot take part in its fires.",
-                path=jax.tree_util.keystr(keys[1:], simple=True, separator="/"),
-                found=f"devices of {processes.numbered(tuple(sorted(reached)))} of {everyone}",
-                write="a mesh over the devices of all processes, replicated over some of its axes if need be",
-            )

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from flax_surgery_hooks.processes import numbered
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.selection import Selection
@@ -186,17 +187,14 @@ def _leaf(leaf: Any) -> str:
 
 @functools.lru_cache(maxsize=256)  # a mesh may have thousands of devices, and most leaves lie alike
 def _place(sharding: Any) -> str:
-    if len(reached(sharding)) == 1:
-        return f"on {len(sharding.device_set)} of this process's devices"  # each process has its own
+    processes = {device.process_index for device in sharding.device_set}
+    if processes == {jax.process_index()}:  # no numbers of devices, as each process has its own
+        return f"on {len(sharding.device_set)} of this process's devices"
+    if len(processes) < jax.process_count():
+        return f"on devices of {numbered(tuple(sorted(processes)))} of {jax.process_count()}"
     if not isinstance(sharding, NamedSharding):
         return f"{type(sharding).__name__} over {len(sharding.device_set)} devices"
     devices = np.array([device.id for device in sharding.mesh.devices.flat])
     axes = ", ".join(f"{name}={size} {kind}" for (name, size), kind in zip(
         sharding.mesh.shape.items(), sharding.mesh.axis_types, strict=True))  # fmt: skip
     return f"{sharding.spec} over {axes}, devices {zlib.crc32(devices.tobytes()):08x}"
-
-
-@functools.lru_cache(maxsize=256)
-def reached(sharding: Any) -> frozenset[int]:
-    """The processes whose devices an array lies on."""
-    return frozenset(device.process_index for device in sharding.device_set)

@@ -143,7 +143,7 @@ class Ledger:
         try:
             self._append("")
         except LedgerError as error:
-            return str(error)
+            return error.problem
         return None
 
     def write(self, record: Record) -> None:
