@@ -10,8 +10,18 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from process_worker import Wordy
+from tiny import halve, make_hooks, make_state
+
+import flax_surgery_hooks as fsh
+from flax_surgery_hooks import agreement
+from flax_surgery_hooks.errors import AgreementError, HookError
+from flax_surgery_hooks.fingerprint import stable
 
 HERE = pathlib.Path(__file__).parent
 LIMIT_SECS = 150
@@ -160,7 +170,7 @@ DIFFERENCES = {
     "added": "hook 'b', when: at(8) on process 0, at(9) on process 1",
     "step": "call, step: 2 on process 0, 3 on process 1",
     "state": "state 'params/w': float32[8, 2] P",
-    "part": "state 'params/w': float32[8, 2] on 4 of this process's devices on process 0, float32[8, 2] on devices of p",
+    "part": "state 'params/w': float32[8, 2] on 4 of this process's devices on process 0, float32[8, 2] on devices",
     "call": "call, is: hooks(step, state) on process 0, hooks.fire('a') on process 1",
     "init": "settings, seed: 0 on process 0, 1 on process 1",
     "graph": "settings, seed: 0 on process 0, 1 on process 1",
@@ -225,3 +235,64 @@ def test_one_that_dies_between_two_fires_does_not_leave_the_other_waiting(ran):
     assert (run.codes[1], run.told[0]) == (3, None)
     assert run.codes[0] != 0  # by the error of the collective, or by JAX, which misses the heartbeat
     assert run.secs < 60
+
+
+# What is compared, in one process.
+
+
+def scaled_by(rate):
+    def scale(w, by=2.0):
+        return w * rate * by
+
+    return scale
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (scaled_by(1.0), scaled_by(2.0)),
+        (optax.sgd(0.1), optax.sgd(0.2)),
+        (functools.partial(halve, x=1), functools.partial(halve, x=2)),
+        (Wordy(start=np.arange(3.0)), Wordy(start=np.arange(3.0) + 1)),
+        (jax.jit(scaled_by(1.0)), jax.jit(scaled_by(2.0))),
+        (Wordy(thing=scaled_by(1.0)).__call__, Wordy(thing=scaled_by(2.0)).__call__),
+        (jax.random.key(0), jax.random.key(1)),
+        (jnp.zeros(2), jnp.zeros(2, jnp.bfloat16)),
+        (lambda w: w in {1, 2}, lambda w: w in {1, 3}),
+    ],
+)
+def test_what_differs_is_told_apart_and_what_is_equal_is_not(one, other):
+    assert stable(one) != stable(other)
+    assert json.dumps(stable(one)) == json.dumps(stable(one))
+    assert " at 0x" not in json.dumps([stable(one), stable(other)])
+
+
+def test_descriptions_end():
+    cycle: dict[str, Any] = {}
+    cycle["self"] = cycle
+    assert stable(cycle) == {"self": "<builtins.dict>"}
+    assert stable({"inf": float("inf")}) == {"inf": "inf"}
+
+
+def test_what_is_pending_after_which_call():
+    hooks = make_hooks(halve, fsh.at(5))
+    assert hooks._agreement.pending
+    state = hooks(1, make_state(1))
+    assert not hooks._agreement.pending
+    hooks.add("b", halve, params="w", when=fsh.at(9))
+    assert hooks._agreement.pending == {"hooks", "state", "step"}
+    hooks.init(state)
+    assert hooks._agreement.pending == {"step"}
+
+
+def test_a_hook_of_one_process_alone_is_told_once():
+    told = {0: {"hook": {"a": {"when": "at(1)", "priority": 0}}}, 1: {"hook": {}}, 2: {"hook": {}}}
+    error = agreement._disagreement(agreement.compared(told))
+    assert isinstance(error, AgreementError)
+    assert [str(one) for one in error.differences] == ["hook 'a': registered on process 0, nothing on process 1"]
+
+
+@pytest.mark.parametrize("secs", [0, -1, "300", True, None])
+def test_the_limit_is_a_time(secs):
+    with pytest.raises(HookError, match=r"agree_secs= is a time in seconds.*Write instead: agree_secs=300"):
+        fsh.SurgeryHooks(agree_secs=secs)
