@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from flax_surgery_hooks import checks, in_graph
+from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.settling import NEVER, Fired
 
@@ -127,11 +128,12 @@ class Collector:
         lost = [step for step in due[-number:] if not self._is_recorded(step, hook.name)]
         if not lost:
             return []
-        logging.warning(
-            "Hook %s fired %d times more between two collects than the state has room for; the figures of these fires "
-            "are lost. Write hooks.init(state, fires=%d), or collect more often.",
-            hook.name,
-            len(lost),
-            len(lost) + len(kept),
-        )
+        if is_first():
+            logging.warning(
+                "Hook %s fired %d times more between two collects than the state has room for; the figures of these "
+                "fires are lost. Write hooks.init(state, fires=%d), or collect more often.",
+                hook.name,
+                len(lost),
+                len(lost) + len(kept),
+            )
         return [self.traced[hook.name].without_figures(step) for step in lost]

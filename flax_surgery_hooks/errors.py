@@ -126,6 +126,22 @@ class ConfigError(SurgeryError):
         self.problems = problems if problems is not None else [problem]
 
 
+class AgreementError(SurgeryError):
+    """Processes of one run that hold different hooks, states or steps, or do not come to compare them; see `agreement`.
+
+    Attributes:
+      differences: what differs, each an `agreement.Difference`.
+      missing: the processes that did not come.
+    """
+
+    def __init__(
+        self, problem: str, *, differences: tuple[Any, ...] = (), missing: tuple[int, ...] = (), **fields: Any
+    ):
+        super().__init__(problem, **fields)
+        self.differences = differences
+        self.missing = missing
+
+
 class LedgerError(SurgeryError):
     """A ledger file that cannot be written or read."""
 

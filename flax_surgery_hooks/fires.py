@@ -22,6 +22,7 @@ from flax_surgery_hooks.operate import needs_key, record_of, run, run_abstractly
 from flax_surgery_hooks.operation import Operation, Unit, fire_for
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
+from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.programs import Arrays, Programs
 from flax_surgery_hooks.samples import sampled
 from flax_surgery_hooks.schedules import Schedule
@@ -162,6 +163,8 @@ def note_missed(ledger: Ledger, hook: str, when: Schedule, upto: int) -> None:
     if not missed:
         return
     ledger.write(Record(event="passed", step=upto + 1, hook=hook, passed=missed))
+    if not is_first():
+        return
     logging.warning(
         "Hook %s was due at %s, before the first call at step %d: taken as past.",
         hook,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from flax_surgery_hooks import fires
+from flax_surgery_hooks.agreement import LIMIT_SECS, Agreement
 from flax_surgery_hooks.ahead import check_ahead
 from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.donation import DONATE
@@ -52,10 +53,11 @@ class SurgeryHooks(TracedHooks):
         error leaves the state whole; one that changes shapes never does.
       mirrors: fields of the train state that hold trees like the parameters, such as averages and target networks, and
         what they hold (see `rules.KINDS`): `{"ema_params": "param"}`. They move with the parameters as slots do.
+      agree_secs: of several processes, how long each waits at its first call until all have said what hooks they hold;
+        see `agreement`.
 
     Raises:
       HookError: an argument that is not one of these.
-      LedgerError: the ledger cannot be opened.
 
     >>> import jax.numpy as jnp, optax, flax_surgery_hooks as fsh
     >>> hooks = fsh.SurgeryHooks()
@@ -82,6 +84,7 @@ class SurgeryHooks(TracedHooks):
         settle_after: int = 4,
         donate: str = "auto",
         mirrors: Mapping[str, str] | None = None,
+        agree_secs: float = LIMIT_SECS,
     ):
         super().__init__()
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -97,6 +100,7 @@ class SurgeryHooks(TracedHooks):
         self.mirrors = checked(mirrors)
         self.ledger = Ledger(ledger, on_record)
         self.strict_steps = strict_steps
+        self._agreement = Agreement(agree_secs)
         self._settler = Settler(self.ledger, writer, on_error, settle_after)
         self._collector = Collector(settle_after, self.ledger.path)
         self._programs: dict[str, dict[Hashable, Programs]] = {}
@@ -130,6 +134,7 @@ class SurgeryHooks(TracedHooks):
         self._programs[hook.name] = {}
         self._unchecked.add(hook.name)
         self._watching.add(hook.name, hook.when)
+        self._agreement.renew()
         self._wake = -1  # look at the new hook at the next call
         if self._started:
             fires.note_missed(self.ledger, hook.name, hook.when, self._last)
@@ -138,6 +143,7 @@ class SurgeryHooks(TracedHooks):
         del self._programs[name]
         self._unchecked.discard(name)
         self._watching.remove(name)
+        self._agreement.renew()
         self._wake = -1
 
     def __call__(self, step: int, state: Any = None, **inputs: Any) -> Any:
@@ -181,7 +187,9 @@ class SurgeryHooks(TracedHooks):
           The edited state.
         """
         check_concrete(state)
-        hook, step = find(self._hooks, name), step_of(state) if step is None else checked_step(step)
+        hook = find(self._hooks, name)
+        self._agree(f"hooks.fire({name!r})", state, step)
+        step = step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
         state, fired = self._fire(hook, state, step, inputs, self.donate)
         state = written(state)
@@ -191,10 +199,16 @@ class SurgeryHooks(TracedHooks):
     def preview(self, name: str, state: Any, step: int | None = None, **inputs: Any) -> Record:
         """The record that a fire would leave, with its figures; commits nothing. Arguments as for `fire`."""
         check_concrete(state)
-        hook, step = find(self._hooks, name), step_of(state) if step is None else checked_step(step)
+        hook = find(self._hooks, name)
+        self._agree(f"hooks.preview({name!r})", state, step)
+        step = step_of(state) if step is None else checked_step(step)
         self._check(hook, state, inputs)
         _, fired = self._fire(hook, state, step, inputs, "never", commit=False)
         return replace(read(fired), event="preview", id=None)
+
+    def settings(self) -> dict[str, Any]:
+        """What holds for all hooks, and must be the same on every process."""
+        return {**super().settings(), "strict_steps": self.strict_steps, "donate": self.donate}
 
     def programs(self, name: str) -> list[Program]:
         """What a hook has compiled: one entry per shape, dtype and placement of leaves, see `passes.Program`.
@@ -242,6 +256,7 @@ class SurgeryHooks(TracedHooks):
                 found=f"step {step} after {self._last}",
                 write="one call for each value of state.step; a new SurgeryHooks to run the steps again",
             )
+        self._agree("hooks(step, state)", state, step)
         first = not self._started
         if first:
             self._start(step, state)

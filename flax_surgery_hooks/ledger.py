@@ -14,6 +14,7 @@ import flax.struct
 
 from flax_surgery_hooks import tables
 from flax_surgery_hooks.errors import LedgerError, shorten
+from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.watched_schedules import Trigger
 
 EVENTS = ("run", "fired", "settled", "refused", "passed", "preview")
@@ -119,12 +120,12 @@ def _finite(value: Any) -> float | None:
 class Ledger:
     """Records in order, in memory and, if a path is given, as JSON lines in a file that is closed after each.
 
+    Of several processes the first writes the file, and no other opens it. Which one this is JAX tells only once it has
+    been initialised, so the file is made with the first record.
+
     Args:
       path: file to append to; its directory is made. None keeps the records in memory only.
-      on_record: called with each record after it is written.
-
-    Raises:
-      LedgerError: the file cannot be opened.
+      on_record: called with each record after it is written, on every process.
 
     >>> ledger = Ledger()
     >>> ledger.write(Record(event="fired", step=10, hook="halve"))
@@ -136,8 +137,14 @@ class Ledger:
         self.path = None if path is None else pathlib.Path(path)
         self.records: list[Record] = []
         self._on_record = on_record
-        if self.path is not None:
-            _append(self.path, "")
+
+    def trouble(self) -> str | None:
+        """Why this process, which should, cannot write the file; it is made for that. None if all is well."""
+        try:
+            self._append("")
+        except LedgerError as error:
+            return error.problem
+        return None
 
     def write(self, record: Record) -> None:
         """Appends a record.
@@ -148,10 +155,13 @@ class Ledger:
         if not record.time:
             record = record.replace(time=time.time())  # type: ignore[attr-defined]  # added by flax.struct
         self.records.append(record)
-        if self.path is not None:
-            _append(self.path, record.to_json() + "\n")
+        self._append(record.to_json() + "\n")
         if self._on_record is not None:
             self._on_record(record)
+
+    def _append(self, text: str) -> None:
+        if self.path is not None and is_first():
+            _append(self.path, text)
 
 
 def _append(path: pathlib.Path, text: str) -> None:

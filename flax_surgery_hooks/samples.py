@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_surgery_hooks.layers import Layer, taken
 from flax_surgery_hooks.paths import flatten
@@ -33,13 +34,24 @@ def sampled(
     for path, layer in (layers or {}).items():
         held[path] = taken(held[layer.leaf_path(path)], layer)
     return {
-        f"{when}/{path}": _spread(relabelled(jnp.asarray(held[path])), MOST)
+        f"{when}/{path}": _elements(relabelled(jnp.asarray(held[path])))
         for path in paths
         if path in held and jnp.issubdtype(jnp.result_type(held[path]), jnp.floating)
     }
 
 
-@functools.partial(jax.jit, static_argnums=1)
+def _elements(leaf: jax.Array) -> jax.Array:
+    """The elements of one leaf; those of one that several processes share are on each of them, for one to write."""
+    if leaf.is_fully_addressable or not isinstance(leaf.sharding, NamedSharding):
+        return _program(None)(leaf, MOST)
+    return _program(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf, MOST)
+
+
+@functools.cache
+def _program(place: NamedSharding | None) -> Any:
+    return jax.jit(_spread, static_argnums=1, out_shardings=place)
+
+
 def _spread(leaf: jax.Array, most: int) -> jax.Array:
     stride = -(-leaf.size // most) if leaf.size else 1
     # The barrier makes a copy even of a leaf that is taken whole: the train step may donate the leaf itself.

@@ -16,6 +16,7 @@ from flax_surgery_hooks.errors import RefusedError
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.paths import listed
+from flax_surgery_hooks.processes import is_first
 
 NEVER = sys.maxsize
 """A step that no run reaches; an int, as comparing one with a float costs more."""
@@ -53,15 +54,27 @@ def read(fired: Fired) -> Record:
 
 
 class Settler:
-    """Turns fires into records: "fired" at once, "settled" or "refused" when the figures are read."""
+    """Turns fires into records: "fired" at once, "settled" or "refused" when the figures are read.
+
+    Of several processes the first uses its writer and logs; all have the same records, and raise the same errors.
+    """
 
     def __init__(self, ledger: Ledger, writer: MetricWriter | None, on_error: str, after: int):
         self._ledger = ledger
-        self._writer = writer
+        self._given = writer
         self._on_error = on_error
         self._after = after
         self._waiting: list[Fired] = []
         self._count = 0
+
+    @property
+    def _writer(self) -> MetricWriter | None:
+        return self._given if self._given is not None and is_first() else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all processes must be told alike."""
+        return {"on_error": self._on_error, "settle_after": self._after}
 
     @property
     def wake(self) -> int:
@@ -70,8 +83,8 @@ class Settler:
 
     def started(self, hparams: Mapping[str, Any]) -> None:
         """Writes what the hooks are, once, as hyperparameters."""
-        if self._writer is not None and hparams:
-            self._writer.write_hparams(hparams)
+        if (writer := self._writer) is not None and hparams:
+            writer.write_hparams(hparams)
 
     def fired(self, one: Fired) -> None:
         """Writes the "fired" record and keeps the figures for later."""
@@ -84,8 +97,8 @@ class Settler:
     def flush(self) -> None:
         """Settles everything and flushes the writer."""
         self.settle(NEVER)
-        if self._writer is not None:
-            self._writer.flush()
+        if (writer := self._writer) is not None:
+            writer.flush()
 
     def settle(self, step: int) -> None:
         """Reads the figures of the fires that have waited long enough at this step.
@@ -112,10 +125,10 @@ class Settler:
         ok = one.ok is None or bool(one.ok)
         record = replace(read(one), event="settled" if ok else "refused", time=0.0)
         self._ledger.write(record)
-        if not ok:
+        if not ok and is_first():
             logging.warning("Hook %s at step %s was refused: non-finite values.", record.hook, record.step)
-        if self._writer is not None:
-            _write(self._writer, record, ok, one.histograms or {})
+        if (writer := self._writer) is not None:
+            _write(writer, record, ok, one.histograms or {})
         return record
 
 

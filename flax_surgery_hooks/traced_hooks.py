@@ -5,12 +5,14 @@ reads of it.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from flax_surgery_hooks import in_graph, memory
+from flax_surgery_hooks import checks, fires, in_graph, memory
+from flax_surgery_hooks.agreement import Agreement
 from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.errors import HookError
 from flax_surgery_hooks.hook_set import HookSet
@@ -27,11 +29,12 @@ from flax_surgery_hooks.train_state import written
 class TracedHooks(HookSet):
     """The part of `SurgeryHooks` that works under `jax.jit`."""
 
-    __slots__ = ("_collector", "_settler", "_started", "_wake", "ledger", "mirrors", "seed")
+    __slots__ = ("_agreement", "_collector", "_settler", "_started", "_wake", "ledger", "mirrors", "seed")
 
     seed: int
     mirrors: Mirrors
     ledger: Ledger
+    _agreement: Agreement
     _collector: Collector
     _settler: Settler
     _started: bool
@@ -56,6 +59,8 @@ class TracedHooks(HookSet):
         """
         if isinstance(fires, bool) or not isinstance(fires, int) or fires < 0:
             raise HookError("init(fires=...) is a number of fires.", found=repr(fires), write="hooks.init(state)")
+        if checks.concrete(state):
+            self._agree("hooks.init", state)
         with off_mesh(state):
             state = memory.fitted(state, self._named(), self.seed)
             state = written(in_graph.fitted(state, self._graphable(), fires, self.mirrors))
@@ -85,6 +90,7 @@ class TracedHooks(HookSet):
           HookError: no hook has anything to do in graph.
           StructureError: a fire changes the shape of a leaf, and the hook does not say so.
         """
+        self._agree("hooks.in_graph")
         hooks, graphable = self._ordered(), self._graphable()
         in_graph.check_not_empty(hooks, any(hook.operation.edit.observe is not None for hook in hooks))
         in_graph.check_ready(state, graphable)
@@ -155,6 +161,7 @@ class TracedHooks(HookSet):
         Raises:
           StateError: `init` has not been called.
         """
+        self._agree("hooks.observe")
         return written(memory.observe(state, self._named(), self.seed, inputs))
 
     def collect(self, state: Any) -> tuple[Record, ...]:
@@ -173,6 +180,7 @@ class TracedHooks(HookSet):
           RefusedError: the guard kept a result out, and `on_error` is "raise".
         """
         check_concrete(state)
+        self._agree("hooks.collect", state)
         if not self._started:
             self._begin(step_of(state))
         known = len(self.ledger.records)
@@ -180,6 +188,16 @@ class TracedHooks(HookSet):
         self._settler.settle(NEVER)
         self._rewake()
         return tuple(one for one in self.ledger.records[known:] if one.event in ("settled", "refused"))
+
+    def settings(self) -> dict[str, Any]:
+        """What holds for all hooks, and must be the same on every process."""
+        mirrors = {"mirrors": dict(self.mirrors), "ledger": self.ledger.trouble()}
+        return {**json.loads(fires.versions_json(self.seed)), **mirrors, **self._settler.settings}
+
+    def _agree(self, call: str, state: Any = None, step: int | None = None) -> None:
+        """Compares what this process holds with the others, as far as that has not been done; see `agreement`."""
+        if self._agreement.pending:
+            self._agreement.compare(call, self._ordered(), self.settings, state, step)
 
     def _refitted(self, state: Any) -> Any:
         """The state with room for memory and figures as its new shapes need it."""

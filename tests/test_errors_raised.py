@@ -27,12 +27,12 @@ from flax_surgery_hooks import errors as e
 from flax_surgery_hooks import slot_registry, slots
 from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, ResetMoments, Scale
 
-ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "config", "config_export", "config_fields",
-             "config_hook", "config_reading", "config_registry", "config_writing", "count_schedules",
-             "derived_schedules", "errors", "freezable", "globs", "in_graph", "layer_index", "layer_slots",
-             "metric_schedules", "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "placement",
-             "rewarm", "schedules", "selection", "slot_edits", "slot_gain", "switching", "targets", "traced_hooks",
-             "watched_schedules", "watched_values", "watching", "writers")  # fmt: skip
+ELSEWHERE = ("__init__", "_encodings", "_event_files", "adapters", "agreement", "config", "config_export",
+             "config_fields", "config_hook", "config_reading", "config_registry", "config_writing", "count_schedules",
+             "derived_schedules", "errors", "fingerprint", "freezable", "globs", "in_graph", "layer_index",
+             "layer_slots", "metric_schedules", "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths",
+             "placement", "processes", "rewarm", "schedules", "selection", "slot_edits", "slot_gain", "switching",
+             "targets", "traced_hooks", "watched_schedules", "watched_values", "watching", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))
@@ -272,8 +272,8 @@ CASES = {
     "reserved": Case(by_hook(inputs={"key": 1}), e.InputError, ("'key' is reserved", "my_key=..."), A),
     "unhashable": Case(by_hook(lambda w, x: w, inputs={"x": {"a"}}), e.InputError, ("'x' is neither", "Found: set"), A),
     "refused": Case(refused, e.RefusedError, ("refused", "2 in params, 0 in slots"), A | W | {"step": 1}),
-    "no_ledger": Case(lambda: fsh.Ledger("/dev/null/there"), e.LedgerError, ("cannot be written", "writable directory"),
-                      {"path": "/dev/null/there"}),
+    "no_ledger": Case(lambda: fsh.Ledger("/dev/null/there").write(fsh.Record()), e.LedgerError,
+                      ("cannot be written", "writable directory"), {"path": "/dev/null/there"}),
     # The runner.
     "seed": Case(lambda: fsh.SurgeryHooks(seed="0"), HOOK, ("seed=...) is a Python int", "Found: '0'")),
     "donate": Case(lambda: fsh.SurgeryHooks(donate="yes"), HOOK,
