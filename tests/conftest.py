@@ -20,6 +20,13 @@ except ImportError:  # before JAX 0.8
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_anew() -> Iterator[None]:
+    """Drops the programs of a module at its end: they fill memory, and past 8192 of them JAX keeps no more (jax#39078)."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def no_transfers() -> Iterator[None]:
     """An implicit transfer between host and device, in either direction, is an error."""
