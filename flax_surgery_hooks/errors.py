@@ -114,6 +114,10 @@ class StructureError(SurgeryError):
     """A fire that would change shapes where the train loop expects them to stay."""
 
 
+class FireError(SurgeryError):
+    """A fire that failed while it ran, out of memory or in a callback; says whether the state in hand is whole."""
+
+
 class RefusedError(SurgeryError):
     """A fire whose result was not finite, raised when `on_error="raise"`; the state kept its old values."""
 

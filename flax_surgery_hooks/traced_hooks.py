@@ -224,8 +224,7 @@ class TracedHooks(HookSet):
         return [hook for hook in self._ordered() if in_graph.why_on_host(hook) is None]
 
     def _gather(self, fired: list[Fired]) -> None:
-        for one in fired:
-            self._settler.fired(one)
+        self._settler.fired(*fired)
 
     def _begin(self, step: int) -> None:
         """Called at the first step that the host sees."""
