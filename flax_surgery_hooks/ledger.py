@@ -13,7 +13,7 @@ from typing import Any
 import flax.struct
 
 from flax_surgery_hooks import ledger_files, ledger_lines, processes, tables
-from flax_surgery_hooks.errors import LedgerError, shorten
+from flax_surgery_hooks.errors import LedgerError, quoted, shorten
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.watched_schedules import Trigger
 
@@ -150,6 +150,10 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, on_record: Callable[[Record], None] | None = None):
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise LedgerError("ledger= is the path of a file.", found=quoted(path), write='ledger="ledger.jsonl"')
+        if on_record is not None and not callable(on_record):
+            raise LedgerError("on_record= is a function of a record.", found=quoted(on_record), write="on_record=print")
         self.path = None if path is None else pathlib.Path(path)
         self.records: list[Record] = []
         self._on_record = on_record

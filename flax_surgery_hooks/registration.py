@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flax_surgery_hooks.errors import HookError
+from flax_surgery_hooks.errors import HookError, quoted, shorten
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.paths import close_matches, listed
 from flax_surgery_hooks.schedules import Schedule
@@ -78,12 +78,12 @@ def find(hooks: Mapping[str, Hook], name: str) -> Hook:
     Raises:
       HookError: there is none.
     """
-    if name not in hooks:
+    if not isinstance(name, str) or name not in hooks:
         raise HookError(
             "There is no hook of this name.",
-            hook=str(name),
+            hook=shorten(name),
             found=f"hooks {listed(hooks) or 'none'}",
-            write=listed(close_matches(str(name), hooks)) or None,
+            write=listed(close_matches(shorten(name), hooks)) or None,
         )
     return hooks[name]
 
@@ -95,14 +95,16 @@ def check_name(hooks: Iterable[str], name: Any) -> None:
       HookError: it is malformed, or taken.
     """
     if not isinstance(name, str) or not name or not name.replace("_", "a").replace("-", "a").isalnum():
-        raise HookError("A hook's name is made of letters, digits, '_' and '-'.", found=repr(name), write='"head_norm"')
+        raise HookError(
+            "A hook's name is made of letters, digits, '_' and '-'.", found=quoted(name), write='"head_norm"'
+        )
     for other in hooks:
         if other == name or path_hash(other) == path_hash(name):
             raise HookError(
                 "The name is taken."
                 if other == name
                 else "The name has the same hash as another, and so the same keys.",
-                found=repr(other),
+                found=quoted(other),
                 write="another name, or hooks.remove() first",
             )
 

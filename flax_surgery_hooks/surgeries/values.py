@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks.errors import SurgeryFunctionError
+from flax_surgery_hooks.errors import SurgeryFunctionError, quoted
 from flax_surgery_hooks.paths import close_matches, flatten, listed
 from flax_surgery_hooks.surgery import key_for
 
@@ -35,7 +35,7 @@ class Noise:
 
     def __post_init__(self):
         if isinstance(self.std, bool) or not isinstance(self.std, int | float) or not 0 <= self.std < float("inf"):
-            raise SurgeryFunctionError("Noise(std=...) must be a finite number of at least 0.", found=repr(self.std))
+            raise SurgeryFunctionError("Noise(std=...) must be a finite number of at least 0.", found=quoted(self.std))
 
     def __call__(self, leaf: jax.Array, key: jax.Array) -> jax.Array:
         """The edited leaf."""
