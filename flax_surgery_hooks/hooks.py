@@ -24,7 +24,7 @@ from flax_surgery_hooks.placement import off_mesh
 from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, find
 from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
-from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
+from flax_surgery_hooks.steps import check_concrete, check_fire_step, check_first_step, checked_step, step_of
 from flax_surgery_hooks.targets import placer
 from flax_surgery_hooks.traced_hooks import TracedHooks
 from flax_surgery_hooks.train_state import written
@@ -341,6 +341,7 @@ class SurgeryHooks(TracedHooks):
     ) -> tuple[Any, Fired]:
         start = time.perf_counter()
         with located(hook=hook.name, step=step):
+            check_fire_step(step)
             operation, arrays = bind_inputs(hook.operation, inputs)
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)

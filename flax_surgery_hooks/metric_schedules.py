@@ -7,7 +7,7 @@ import math
 import numbers
 from typing import Any, NamedTuple
 
-from flax_surgery_hooks.errors import ScheduleError, typed
+from flax_surgery_hooks.errors import ScheduleError, quoted, typed
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.watched_schedules import LAG, Trigger, Watched, as_at_least, as_name
 
@@ -77,10 +77,10 @@ class OnMetric(Watched):
                 found=f"on_metric({self.name!r}, plateau={self.plateau})",
                 write=f"on_metric({self.name!r}, plateau={self.plateau}, patience=1000)",
             )
-        if self.mode not in MODES or (self.mode == "max" and self.plateau is None):
+        if not isinstance(self.mode, str) or self.mode not in MODES or (self.mode == "max" and self.plateau is None):
             raise ScheduleError(
                 "`mode` of `on_metric` says for a plateau whether small or large values are good.",
-                found=f"mode={self.mode!r} with {given[0]}",
+                found=f"mode={quoted(self.mode, 80)} with {given[0]}",
                 write="mode='min' or mode='max' with plateau=",
             )
         for key, lowest in {"patience": 1, "cooldown": 0, "fires": 1, "start": 0, "horizon": 1, "lag": 0}.items():

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flax_surgery_hooks.errors import HookError, quoted, shorten
+from flax_surgery_hooks.errors import HookError, StepError, quoted, shorten
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.paths import close_matches, listed
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.structure import Reshape
 from flax_surgery_hooks.surgery import describe, path_hash
+
+MOST_PASSED = 100_000
+"""Due steps that one call stands for: a record lists them."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,21 @@ class Hook:
         return {f"surgery/{self.name}/{name}": _simple(value) for name, value in fields.items()}
 
     def planned_steps(self, after: int, upto: int) -> tuple[int, ...]:
-        """The due steps in (after, upto] that are known in advance."""
+        """The due steps in (after, upto] that are known in advance.
+
+        Raises:
+          StepError: they are too many to be recorded.
+        """
         planned = self.when.planned
-        return () if planned is None else tuple(planned.due_steps(after, upto))
+        steps = () if planned is None else tuple(itertools.islice(planned.due_steps(after, upto), MOST_PASSED + 1))
+        if len(steps) > MOST_PASSED:
+            raise StepError(
+                f"The call jumps over more than {MOST_PASSED} due steps.",
+                hook=self.name,
+                found=f"step {upto} after {after}",
+                write="the value of state.step, train steps applied so far, and no other counter",
+            )
+        return steps
 
     def next_planned(self, step: int) -> int | None:
         """The first of these after `step`, or None."""

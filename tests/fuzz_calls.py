@@ -21,7 +21,7 @@ from flax_surgery_hooks import paths
 
 def _mostly(fair: st.SearchStrategy, foul: st.SearchStrategy, share: int = 12) -> st.SearchStrategy:
     """`fair` but for one of `share` draws."""
-    return st.sampled_from([fair] * (share - 1) + [foul]).flatmap(lambda one: one)
+    return st.sampled_from(range(share)).flatmap(lambda roll: fair if roll else foul)
 
 
 # --- Schedules.
@@ -132,9 +132,9 @@ _selectors = st.recursive(
 )
 selections = st.tuples(
     _selectors,
-    st.none() | st.none() | _selectors,
-    _mostly(st.none() | st.integers(1, 3), odd),
-    st.sampled_from(range(4)),
+    _mostly(st.none(), _selectors, 4),
+    _mostly(st.none(), odd | st.integers(1, 3), 8),
+    _mostly(st.just(0), st.integers(0, len(_TREES) - 1), 4),
 )
 
 
@@ -239,9 +239,7 @@ def _named(name: Any, fair: dict[str, Any], foul: dict[str, Any]) -> dict[str, A
     return {"name": name, **fair, **foul}
 
 
-call_sequences = st.sampled_from([_sequences(lambda fair, *_: fair)] * 2 + [_sequences(_mostly)]).flatmap(
-    lambda one: one
-)
+call_sequences = _mostly(_sequences(lambda fair, *_: fair), _sequences(_mostly), 3)
 
 
 def run_calls(given: dict[str, Any]) -> int:
