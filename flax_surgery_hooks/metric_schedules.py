@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from typing import Any, NamedTuple
 
 from flax_surgery_hooks.errors import ScheduleError, quoted, typed
-from flax_surgery_hooks.schedules import Schedule
+from flax_surgery_hooks.schedules import Schedule, is_finite
 from flax_surgery_hooks.watched_schedules import LAG, Trigger, Watched, as_at_least, as_name
 
 CONDITIONS = ("above", "below", "spike", "plateau")
@@ -264,7 +263,7 @@ def on_metric(
 def _as_bound(value: Any, key: str) -> float:
     """A threshold, factor or part as a float."""
     write = {"spike": "spike=3.0", "plateau": "plateau=0.01"}.get(key, f"{key}=5.0")
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if not is_finite(value):
         raise ScheduleError(f"`{key}` of `on_metric` must be a finite number.", found=typed(value), write=write)
     value = float(value)
     if key == "spike" and value <= 1:

@@ -17,6 +17,8 @@ import abc
 import bisect
 import dataclasses
 import functools
+import math
+import numbers
 import operator
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, overload
@@ -379,6 +381,18 @@ def as_int(value: Any, what: str, write: str) -> int:
     if number.bit_length() > LARGEST_BITS:
         raise ScheduleError(f"{what} is larger than any run.", found=quoted(value, 80), write=write)
     return number
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a real number, no bool, that a float can stand for.
+
+    >>> is_finite(0.5), is_finite(10**400), is_finite(True)
+    (True, False, False)
+    """
+    try:
+        return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _as_bound(value: Any, name: str, n: int) -> int:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import fuzz_calls
 import fuzz_inputs
+import fuzz_ledgers
 import fuzz_runs
 import hypothesis
 import jax
@@ -33,6 +34,9 @@ TARGETS = {
     "calls": (fuzz_calls.call_sequences, fuzz_calls.run_calls),
     "schedules": (fuzz_calls.schedule_calls, fuzz_calls.run_schedule),
     "selections": (fuzz_calls.selections, fuzz_calls.run_selection),
+    "round trips": (fuzz_ledgers.records, fuzz_ledgers.run_round_trip),
+    "lines": (fuzz_ledgers.lines, fuzz_ledgers.run_line),
+    "ledgers": (fuzz_ledgers.damaged, fuzz_ledgers.run_damaged),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ class SetHyperparams:
                 write='SetHyperparams({"learning_rate": 0.01})',
             )
         for name, value in self.hyperparams.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                 raise SurgeryFunctionError(
                     f"SetHyperparams needs a finite number for {name!r}.",
                     found=quoted(value),
