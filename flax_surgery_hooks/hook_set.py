@@ -83,8 +83,10 @@ class HookSet:
                 raise ScheduleError(
                     "`when=` is no schedule.", found=quoted(when), write="when=fsh.every(200) or fsh.at(1_000)"
                 )
-            if isinstance(priority, bool) or not isinstance(priority, int):
-                raise HookError("`priority=` is a Python int.", found=quoted(priority), write="priority=0")
+            if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
+                raise HookError(
+                    "`priority=` is a Python int.", found=quoted(priority), write="priority=0 (at most 64 bits)"
+                )
             operation = make_operation(
                 surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
                 figures=bool(figures), histograms=bool(histograms), fields=fields,

@@ -88,7 +88,9 @@ class SurgeryHooks(TracedHooks):
     ):
         super().__init__()
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise HookError("SurgeryHooks(seed=...) is a Python int of 64 bits.", found=quoted(seed), write="seed=0")
+            raise HookError(
+                "SurgeryHooks(seed=...) is a Python int.", found=quoted(seed), write="seed=0 (at most 64 bits)"
+            )
         if not isinstance(on_error, str) or on_error not in fires.ON_ERROR:
             raise HookError("Unknown on_error=.", found=quoted(on_error), write=f"one of {', '.join(fires.ON_ERROR)}")
         if isinstance(settle_after, bool) or not isinstance(settle_after, int) or settle_after < 0:

@@ -150,11 +150,9 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, on_record: Callable[[Record], None] | None = None):
-        if path is not None and not isinstance(path, str | os.PathLike):
-            raise LedgerError("ledger= is the path of a file.", found=quoted(path), write='ledger="ledger.jsonl"')
         if on_record is not None and not callable(on_record):
             raise LedgerError("on_record= is a function of a record.", found=quoted(on_record), write="on_record=print")
-        self.path = None if path is None else pathlib.Path(path)
+        self.path = None if path is None else _as_path(path)
         self.records: list[Record] = []
         self._on_record = on_record
 
@@ -165,7 +163,7 @@ class Ledger:
         Raises:
           LedgerError: it cannot be read, or a line is damaged; it says up to which line all is well.
         """
-        return tuple(Record(**fields) for fields in ledger_lines.read(pathlib.Path(path), EVENTS))
+        return tuple(Record(**fields) for fields in ledger_lines.read(_as_path(path), EVENTS))
 
     def resume(self, records: Sequence[Record]) -> None:
         """Takes these records, of a checkpoint, as all that has happened: the file is cut to them, and what it has
@@ -206,13 +204,19 @@ class Ledger:
             _append(self.path, text)
 
 
+def _as_path(path: Any) -> pathlib.Path:
+    if not isinstance(path, str | os.PathLike):
+        raise LedgerError("A ledger is the path of a file.", found=quoted(path), write='ledger="ledger.jsonl"')
+    return pathlib.Path(path)
+
+
 def _append(path: pathlib.Path, text: str) -> None:
     """Adds to the file, which is closed again: fires are rare, and so nothing is left to lose or to leak."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of a name with a zero byte
         raise LedgerError(
             f"The ledger cannot be written: {shorten(error)}",
             path=str(path),

@@ -22,7 +22,7 @@ def read(path: pathlib.Path, events: Collection[str]) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # bytes that are no text, or a name with a zero byte
         raise LedgerError(
             f"The ledger cannot be read: {shorten(error)}",
             path=str(path),

@@ -53,7 +53,8 @@ _made = st.one_of(
     _calls("every", _step, start=_step, stop=_step, max_fires=_step, phase=_step),
     st.builds(lambda parts, size: Call("at_epochs", tuple(parts), {"steps_per_epoch": size}),
               st.lists(_numbers, max_size=2), _step),
-    st.builds(lambda part, size, more: Call("every_epochs", (part,), {"steps_per_epoch": size, **more}), _numbers, _step,
+    st.builds(lambda part, size, more: Call("every_epochs", (part,), {"steps_per_epoch": size, **more}), _numbers,
+    _step,
               st.fixed_dictionaries({}, optional={"start": _numbers, "stop": _numbers, "max_fires": _step})),
     st.builds(lambda parts, size: Call("at_fraction", tuple(parts), {"num_steps": size}),
               st.lists(_numbers, max_size=2), _step),
@@ -205,7 +206,8 @@ _foul_states = st.sampled_from(
     ["none", "dict", "abstract", "deleted", "no slots", "other slots", "empty", "bare", "int params", "odd", "odd leaf",
      "replicated"]
 )  # fmt: skip
-_endings = st.sampled_from(["flush", "flush", "flush", "fire", "preview", "remove", "collect", "init", "plan", "programs",
+_endings = st.sampled_from(["flush", "flush", "flush", "fire", "preview", "remove", "collect", "init", "plan",
+                            "programs",
                             "state_dict", "to_config", "hparams"])  # fmt: skip
 
 

@@ -49,7 +49,8 @@ def _odd_objects() -> list[Any]:
     return [
         object(), object, int, len, lambda: 1, fsh.at(1), fsh.every(2), fsh.select("**"), fsh.surgeries.Scale(2.0),
         fsh.surgeries.Scale, optax.sgd(0.1), b"", b"\xff", bytearray(2), complex(1, NAN), fractions.Fraction(1, 3),
-        fractions.Fraction(LONG, 3), Decimal("NaN"), Decimal("1e999999"), range(3), ..., NotImplemented, {1}, frozenset(),
+        fractions.Fraction(LONG, 3), Decimal("NaN"), Decimal("1e999999"), range(3), ..., NotImplemented, {1},
+        frozenset(),
         np.float32(0.5), np.int64(3), np.bool_(True), np.str_("scale"), np.float64(NAN), np.zeros(0), np.ones((2, 3)),
         np.array(3), np.array("a"), np.array(None), jnp.ones(2), jnp.int32(3), iter(()), np.datetime64("NaT"),
         Exception("no"), type("Odd", (), {})(),
@@ -83,7 +84,7 @@ references = among(
         FieldReference(1) // FieldReference(0),
         config_dict.required_placeholder(float),
         config_dict.placeholder(str),
-    ]  # fmt: skip
+    ]
 )
 
 
@@ -94,8 +95,10 @@ good_patterns = st.sampled_from(
      ("dense/kernel", "dense/bias"), ["**/kernel"], "re:dense/(kernel|bias)", "dense/kernel[0]", "**/kernel[-1]"]
 )  # fmt: skip
 _pieces = st.lists(
-    st.sampled_from(["dense", "kernel", "bias", "/", "**", "*", "?", "{", "}", ",", "[", "]", "0", ":", "-1", "re:", "(",
-                     ")", "+", "\\", "|", "^", "$", " ", "é", "\x00", "(?P<a>", "{99999999999}", "(?i)", "[[", "\\p", "(?"]),
+    st.sampled_from(["dense", "kernel", "bias", "/", "**", "*", "?", "{", "}", ",", "[", "]", "0", ":", "-1", "re:",
+                     "(",
+                     ")", "+", "\\", "|", "^", "$", " ", "é", "\x00", "(?P<a>", "{99999999999}", "(?i)", "[[", "\\p",
+                     "(?"]),
     max_size=7,
 ).map("".join)  # fmt: skip
 patterns = st.recursive(
@@ -167,7 +170,8 @@ SURGERY_FIELDS: dict[str, dict[str, st.SearchStrategy]] = {
     "rewarm": {},
     "freeze": {},
     "thaw": {"first_moments": st.sampled_from(["keep", "reset"])},
-    "set_hyperparams": {"hyperparams": st.sampled_from([{"learning_rate": 0.5}, {"learning_rate": NAN}, {"lr": 1}, {}])},
+    "set_hyperparams": {"hyperparams": st.sampled_from([{"learning_rate": 0.5}, {"learning_rate": NAN}, {"lr": 1},
+    {}])},
     "switch_optimizer": {"carry": st.booleans(), "count": st.sampled_from(["carry", "restart"])},
     "twice": {"first": _nested, "then": st.none() | _scale, "more": st.lists(_nested, max_size=2).map(tuple),
               "named": st.dictionaries(st.sampled_from(["a", "b"]), _nested, max_size=1)},
@@ -207,7 +211,8 @@ _schedules = st.one_of(
                   "metric_max_fires": st.integers(1, 2), "metric_mode": st.just("min")},
     ).flatmap(lambda fields: _conditions.map(lambda condition: {**fields, **condition})),
     st.fixed_dictionaries(
-        {"count_of": st.sampled_from(["tokens", "tokens", "metrics/count", "absent"]), "every_count": st.integers(1, 99)},
+        {"count_of": st.sampled_from(["tokens", "tokens", "metrics/count", "absent"]), "every_count": st.integers(1,
+        99)},
         optional={"count_lag": st.integers(0, 2), "count_start": st.integers(0, 50), "at_count": st.just((7, 90))},
     ),
 )  # fmt: skip
@@ -292,7 +297,8 @@ _overridable = st.sampled_from(
 _overrides = st.lists(
     st.tuples(
         _overridable | _overridable | field_names,
-        st.sampled_from(["0", "1", "0.5", "-1", "nan", "inf", "None", "True", "()", "(1,)", "(1", "{}", "{'grad': 'keep'}",
+        st.sampled_from(["0", "1", "0.5", "-1", "nan", "inf", "None", "True", "()", "(1,)", "(1", "{}",
+                         "{'grad': 'keep'}",
                          "'**'", "**", "", "scale", "1e999", "[1]", "10" * 300, "é", "transport", "__import__('os')"])
         | texts,
     ),

@@ -23,7 +23,11 @@ _paths = st.lists(_texts, max_size=3).map(tuple)
 _steps = st.integers(0, 2**40)
 _seconds = st.floats(0, 1e10)
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | _texts,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | _texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_texts, inner, max_size=3),
     max_leaves=6,
 )
@@ -37,8 +41,10 @@ _leaves = st.lists(
 ).map(tuple)
 records = st.builds(
     fsh.Record,
-    event=st.sampled_from(EVENTS), step=st.none() | _steps, hook=_texts, id=st.none() | _steps, surgery=_told, rule=_texts,
-    paths=_paths, added=_paths, removed=_paths, leaves=_leaves, in_place=_paths, restarted=_paths, donated=st.booleans(),
+    event=st.sampled_from(EVENTS), step=st.none() | _steps, hook=_texts, id=st.none() | _steps, surgery=_told,
+    rule=_texts,
+    paths=_paths, added=_paths, removed=_paths, leaves=_leaves, in_place=_paths, restarted=_paths,
+    donated=st.booleans(),
     passed=st.lists(_steps, max_size=3).map(tuple), triggers=_triggers, seconds=_seconds, time=_seconds, detail=_told,
     figures=st.dictionaries(_texts, st.floats(), max_size=3),
 )  # fmt: skip
@@ -83,15 +89,19 @@ _odd_json = st.recursive(
     ),
     max_leaves=5,
 )
-_fields = st.sampled_from(["event", "step", "hook", "id", "surgery", "rule", "paths", "leaves", "passed", "triggers", "figures",
+_fields = st.sampled_from(["event", "step", "hook", "id", "surgery", "rule", "paths", "leaves", "passed", "triggers",
+                           "figures",
                            "detail", "seconds", "time", "donated", "structure", "added", "other"])  # fmt: skip
 _odd_records = st.dictionaries(_fields, _odd_json, max_size=4).map(
     lambda fields: {"event": "fired", "step": 1, "hook": "a", **fields}
 )
 _raw = st.sampled_from(["", " ", "{", "}", "null", "[]", "{}", '""', "NaN", '{"event": NaN}', "[" * 100_000, "1" * 5000,
-                        '{"event": "run", "event": 3}', "\ufeff{}", "\x00", "\u2028", '"\\ud800"', '{"a":' * 50_000])  # fmt: skip
+                        '{"event": "run", "event": 3}', "\ufeff{}", "\x00", "\u2028", '"\\ud800"',
+                        '{"a":' * 50_000])  # fmt: skip
 _odd_lines = (_odd_json | _odd_records).map(json.dumps) | _raw | st.text(max_size=20)
-_damages = st.sampled_from(["none", "truncate", "flip", "duplicate", "swap", "drop", "replace", "odd", "bytes", "join", "crlf"])
+_damages = st.sampled_from(
+    ["none", "truncate", "flip", "duplicate", "swap", "drop", "replace", "odd", "bytes", "join", "crlf"]
+)
 damaged = st.tuples(
     st.lists(st.tuples(_damages, st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=3), _odd_lines,
     st.binary(max_size=40),

@@ -7,6 +7,7 @@ exits with 1 if there was one. CI runs a few hundred of the same inputs (tests/t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pathlib
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -25,6 +27,7 @@ import fuzz_runs
 import hypothesis
 import jax
 from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 
 from flax_surgery_hooks import config_registry
 
@@ -38,6 +41,26 @@ TARGETS = {
     "lines": (fuzz_ledgers.lines, fuzz_ledgers.run_line),
     "ledgers": (fuzz_ledgers.damaged, fuzz_ledgers.run_damaged),
 }
+
+
+@contextlib.contextmanager
+def cached(directory: os.PathLike[str] | str) -> Iterator[None]:
+    """Keeps compiled programs in a directory: hooks of each input would compile the same ones anew."""
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it looks at the directory once
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def batch(target: str, tally: fuzz_runs.Tally, seed: int, examples: int) -> None:
@@ -66,10 +89,7 @@ def main() -> int:
     warnings.simplefilter("error")
     config_registry._registered.update(fuzz_inputs.REGISTERED)
     end, escaped = time.monotonic() + 60 * options.minutes, False
-    with tempfile.TemporaryDirectory() as cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    with tempfile.TemporaryDirectory() as directory, cached(directory):
         for target in [options.only] if options.only else TARGETS:
             tally = fuzz_runs.Tally()
             while tally.total < options.examples and time.monotonic() < end:

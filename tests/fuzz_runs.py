@@ -46,8 +46,9 @@ class Hung(BaseException):
 
 
 @contextlib.contextmanager
-def limited(secs: int = LIMIT_SECS) -> Iterator[None]:
-    """Raises `Hung` in a body that takes longer."""
+def limited(secs: int | None = None) -> Iterator[None]:
+    """Raises `Hung` in a body that takes longer; `LIMIT_SECS` if nothing is said."""
+    secs = LIMIT_SECS if secs is None else secs
 
     def ring(*_: Any) -> None:
         raise Hung(f"more than {secs} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,7 +116,7 @@ def _norm(leaf: jax.Array, axis: Axis) -> jax.Array:
 
 
 def _check_number(surgery: str, field: str, value: Any, positive: bool = True) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise SurgeryFunctionError(f"{surgery}({field}=...) must be a finite number.", found=quoted(value))
     if positive and value <= 0:
         raise SurgeryFunctionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,7 +35,11 @@ class Noise:
     preserves: ClassVar[str] = "nothing"
 
     def __post_init__(self):
-        if isinstance(self.std, bool) or not isinstance(self.std, int | float) or not 0 <= self.std < float("inf"):
+        if (
+            isinstance(self.std, bool)
+            or not isinstance(self.std, int | float)
+            or not 0 <= self.std <= sys.float_info.max
+        ):
             raise SurgeryFunctionError("Noise(std=...) must be a finite number of at least 0.", found=quoted(self.std))
 
     def __call__(self, leaf: jax.Array, key: jax.Array) -> jax.Array:
