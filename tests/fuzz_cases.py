@@ -13,6 +13,7 @@ LONG = 10**5000
 """Python refuses to print it."""
 BEYOND = 10**400
 """No float can stand for it."""
+NAN, INF = float("nan"), float("inf")
 STATE = make_state(1)
 HOOK = {"surgery": "scale", "params": "**", "factor": 0.5, "every": 2}
 
@@ -42,7 +43,18 @@ def deleted():
     return state
 
 
+def resuming(**saved):
+    """Goes on from what other hooks have saved, with something else in it."""
+
+    def run():
+        hooks = make_hooks(halve, fsh.on_metric("x", above=1))
+        hooks.load_state_dict({**hooks.state_dict(), **saved})
+
+    return run
+
+
 ANY = {"hook": "a"}
+RESUME = "nothing that `state_dict` has returned"
 CASES = {
     # What stands in messages.
     "long_key": Case(reading(**{"x" * 5000: 1}), e.ConfigError, ("unknown key", "xxx...xxx")),
@@ -106,6 +118,17 @@ CASES = {
                        ("Not a regular expression: the repetition number is too large",)),
     "nesting": Case(lambda: fsh.select("re:" + "(" * 5000 + ")" * 5000), e.SelectionError,
                     ("Not a regular expression: maximum recursion depth exceeded",)),
+    # What hooks have saved, damaged.
+    "no_next_id": Case(resuming(settling={}), e.ResumeError, (RESUME, "Found: settling of another type")),
+    "next_id": Case(resuming(settling={"next_id": None}), e.ResumeError, (RESUME, "Found: settling of another type")),
+    "watched": Case(resuming(watching={"a": None}), e.ResumeError, (RESUME, "Found: watching of another type")),
+    "watched_one": Case(resuming(watching={"a": [None]}), e.ResumeError, (RESUME, "Found: watching of another type")),
+    "watched_when": Case(
+        resuming(watching={"a": [{"schedule": "on_metric('x', above=1.0)", "state": {}, "waiting": [[NAN, 1, 2.0]]}]}),
+        e.ScheduleError, ("This is not what was saved of on_metric('x', above=1.0)",), ANY),
+    "watched_then": Case(
+        resuming(watching={"a": [{"schedule": "on_metric('x', above=1.0)", "state": {}, "waiting": [[INF, 1, 2.0]]}]}),
+        e.ScheduleError, ("This is not what was saved of on_metric('x', above=1.0)",), ANY),
     # Configs as `fsh.config.hook` writes them.
     "mapping_for_tuple": Case(lambda: fsh.config.hook("scale", factor=1, params="**", at={}), e.ConfigError,
                               (".at: wants tuple[int, ...], found {} (dict)",)),

@@ -60,19 +60,38 @@ def run_round_trip(record: fsh.Record) -> int:
 # --- Ledgers that are damaged.
 
 
+def real_hooks(**kwargs: Any) -> fsh.SurgeryHooks:
+    """Hooks that are due by steps, by a metric and by a counter."""
+    hooks = fsh.SurgeryHooks(on_error="skip", **kwargs)
+    hooks.add("halve", _halve, params="**", when=fsh.at(0, 2, 3))
+    hooks.add("calm", fsh.surgeries.Scale(0.9), params="**/kernel", when=fsh.on_metric("loss", above=3, lag=1))
+    hooks.add("spoil", _spoil, params="**/bias", when=fsh.every_count(100, of="tokens"))
+    return hooks
+
+
+def _halve(w: Any) -> Any:
+    return w / 2
+
+
+def _spoil(w: Any) -> Any:
+    return w / 0
+
+
+def called(hooks: fsh.SurgeryHooks, first: int, last: int) -> None:
+    """A loop from one step to another."""
+    state = fuzz_runs.first_state("sgd")
+    for step in range(first, last + 1):
+        metrics = {"loss": float("inf") if step == 2 else 10.0 / step}
+        state = hooks(step, state.replace(step=step), metrics=metrics, tokens=step * 40)
+
+
 @functools.cache
 def real_lines() -> tuple[str, ...]:
     """The lines that a run wrote: fires by steps, by a metric and by a counter, refused ones, passed steps."""
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "ledger.jsonl"
-        hooks = fsh.SurgeryHooks(ledger=path, on_error="skip")
-        hooks.add("halve", lambda w: w / 2, params="**", when=fsh.at(0, 2, 3))
-        hooks.add("calm", fsh.surgeries.Scale(0.9), params="**/kernel", when=fsh.on_metric("loss", above=3, lag=1))
-        hooks.add("spoil", lambda w: w / 0, params="**/bias", when=fsh.every_count(100, of="tokens"))
-        state = fuzz_runs.first_state("momentum")
-        for step in range(1, 7):
-            metrics = {"loss": float("inf") if step == 2 else 10.0 / step}
-            state = hooks(step, state.replace(step=step), metrics=metrics, tokens=step * 40)
+        hooks = real_hooks(ledger=path)
+        called(hooks, 1, 6)
         hooks.flush()
         lines = path.read_text().splitlines()
     events = {json.loads(line)["event"] for line in lines}
@@ -174,3 +193,54 @@ def run_line(line: str) -> int:
 
 
 lines = _odd_lines | records.map(lambda record: record.to_json())
+
+
+# --- What hooks have saved.
+
+
+@functools.cache
+def saved_json() -> str:
+    """What hooks saved in the middle of a run, as a checkpoint holds it."""
+    hooks = real_hooks()
+    called(hooks, 1, 4)
+    return json.dumps(hooks.state_dict())
+
+
+_places = st.lists(st.integers(0, 40), min_size=1, max_size=4)
+_changes = st.lists(st.tuples(_places, st.sampled_from(["replace", "delete", "add"]), _odd_json), max_size=2)
+saved = st.tuples(
+    _changes, st.booleans(), st.sampled_from([(), (), ("halve",), ("halve", "calm", "spoil", "x"), "halve"])
+)
+
+
+def changed(value: Any, place: list[int], kind: str, new: Any) -> Any:
+    """A JSON value with something else, nothing or something more where `place` leads to."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    if not place or not len(keys):
+        return new
+    key = keys[place[0] % len(keys)]
+    rest = dict(value) if isinstance(value, dict) else list(value)
+    if len(place) > 1 and isinstance(rest[key], dict | list):
+        rest[key] = changed(rest[key], place[1:], kind, new)
+    elif kind == "delete":
+        del rest[key]
+    elif kind == "add" and isinstance(rest, dict):
+        rest["other"] = new
+    else:
+        rest[key] = new
+    return rest
+
+
+def run_saved(given: Any) -> int:
+    """Goes on from what was saved and has been changed since; how many records there are in the end."""
+    changes, goes_on, allow_changes = given
+    held = json.loads(saved_json())
+    for place, kind, new in changes:
+        held = changed(held, place, kind, new)
+    hooks = real_hooks()
+    str(hooks.load_state_dict(held, allow_changes))
+    json.dumps(hooks.state_dict(), allow_nan=False)
+    if goes_on:
+        called(hooks, 5, 6)
+    hooks.flush()
+    return len(hooks.ledger.records)

@@ -40,6 +40,7 @@ TARGETS = {
     "round trips": (fuzz_ledgers.records, fuzz_ledgers.run_round_trip),
     "lines": (fuzz_ledgers.lines, fuzz_ledgers.run_line),
     "ledgers": (fuzz_ledgers.damaged, fuzz_ledgers.run_damaged),
+    "saved": (fuzz_ledgers.saved, fuzz_ledgers.run_saved),
 }
 
 
