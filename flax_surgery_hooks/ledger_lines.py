@@ -72,7 +72,7 @@ def fields_of(line: str, events: Collection[str]) -> dict[str, Any]:
     for name, value in told.items():
         try:
             fields[name] = _READERS[name](value)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise _wrong(f"A record's field {name!r} is not what is written there.", json.dumps(value)) from error
     return fields
 

@@ -118,6 +118,8 @@ CASES = {
                        ("Not a regular expression: the repetition number is too large",)),
     "nesting": Case(lambda: fsh.select("re:" + "(" * 5000 + ")" * 5000), e.SelectionError,
                     ("Not a regular expression: maximum recursion depth exceeded",)),
+    "figure": Case(lambda: fsh.Record.from_json(f'{{"event": "fired", "figures": {{"a": {BEYOND}}}}}'), e.LedgerError,
+                   ("field 'figures' is not what is written there", "1000")),
     # What hooks have saved, damaged.
     "no_next_id": Case(resuming(settling={}), e.ResumeError, (RESUME, "Found: settling of another type")),
     "next_id": Case(resuming(settling={"next_id": None}), e.ResumeError, (RESUME, "Found: settling of another type")),
