@@ -13,7 +13,7 @@ from flax_surgery_hooks.agreement import LIMIT_SECS, Agreement
 from flax_surgery_hooks.ahead import check_ahead
 from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.donation import DONATE
-from flax_surgery_hooks.errors import HookError, StateError, StepError, located
+from flax_surgery_hooks.errors import HookError, StateError, StepError, located, quoted
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.mirrors import checked, original, viewed
@@ -26,7 +26,7 @@ from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, find
 from flax_surgery_hooks.resuming import Resumable
 from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
-from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
+from flax_surgery_hooks.steps import check_concrete, check_fire_step, check_first_step, checked_step, step_of
 from flax_surgery_hooks.targets import placer
 from flax_surgery_hooks.train_state import written
 from flax_surgery_hooks.watching import WATCHING, Watching
@@ -88,14 +88,16 @@ class SurgeryHooks(Resumable):
         agree_secs: float = LIMIT_SECS,
     ):
         super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise HookError("SurgeryHooks(seed=...) is a Python int.", found=repr(seed), write="seed=0")
-        if on_error not in fires.ON_ERROR:
-            raise HookError("Unknown on_error=.", found=repr(on_error), write=f"one of {', '.join(fires.ON_ERROR)}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise HookError(
+                "SurgeryHooks(seed=...) is a Python int.", found=quoted(seed), write="seed=0 (at most 64 bits)"
+            )
+        if not isinstance(on_error, str) or on_error not in fires.ON_ERROR:
+            raise HookError("Unknown on_error=.", found=quoted(on_error), write=f"one of {', '.join(fires.ON_ERROR)}")
         if isinstance(settle_after, bool) or not isinstance(settle_after, int) or settle_after < 0:
-            raise HookError("settle_after= is a number of steps.", found=repr(settle_after), write="settle_after=4")
-        if donate not in DONATE:
-            raise HookError("Unknown donate=.", found=repr(donate), write=f"one of {', '.join(DONATE)}")
+            raise HookError("settle_after= is a number of steps.", found=quoted(settle_after), write="settle_after=4")
+        if not isinstance(donate, str) or donate not in DONATE:
+            raise HookError("Unknown donate=.", found=quoted(donate), write=f"one of {', '.join(DONATE)}")
         self.seed = seed
         self.donate = donate
         self.mirrors = checked(mirrors)
@@ -339,6 +341,7 @@ class SurgeryHooks(Resumable):
     ) -> tuple[Any, Fired]:
         start = time.perf_counter()
         with located(hook=hook.name, step=step):
+            check_fire_step(step)
             operation, arrays = bind_inputs(hook.operation, inputs)
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)

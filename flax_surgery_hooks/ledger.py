@@ -14,7 +14,7 @@ from typing import Any
 import flax.struct
 
 from flax_surgery_hooks import ledger_files, ledger_lines, processes, tables
-from flax_surgery_hooks.errors import LedgerError, SurgeryError, UserCodeError, shorten
+from flax_surgery_hooks.errors import LedgerError, SurgeryError, UserCodeError, quoted, shorten
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.watched_schedules import Trigger
 
@@ -151,7 +151,9 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, on_record: Callable[[Record], None] | None = None):
-        self.path = None if path is None else pathlib.Path(path)
+        if on_record is not None and not callable(on_record):
+            raise LedgerError("on_record= is a function of a record.", found=quoted(on_record), write="on_record=print")
+        self.path = None if path is None else _as_path(path)
         self.records: list[Record] = []
         self._on_record = on_record
 
@@ -162,7 +164,7 @@ class Ledger:
         Raises:
           LedgerError: it cannot be read, or a line is damaged; it says up to which line all is well.
         """
-        return tuple(Record(**fields) for fields in ledger_lines.read(pathlib.Path(path), EVENTS))
+        return tuple(Record(**fields) for fields in ledger_lines.read(_as_path(path), EVENTS))
 
     def resume(self, records: Sequence[Record]) -> None:
         """Takes these records, of a checkpoint, as all that has happened: the file is cut to them, and what it has
@@ -221,6 +223,12 @@ class Ledger:
             _append(self.path, text)
 
 
+def _as_path(path: Any) -> pathlib.Path:
+    if not isinstance(path, str | os.PathLike):
+        raise LedgerError("A ledger is the path of a file.", found=quoted(path), write='ledger="ledger.jsonl"')
+    return pathlib.Path(path)
+
+
 def _append(path: pathlib.Path, text: str) -> None:
     """Adds to the file, which is closed again: fires are rare, and so nothing is left to lose or to leak."""
     size = None
@@ -229,7 +237,7 @@ def _append(path: pathlib.Path, text: str) -> None:
         size = path.stat().st_size if path.is_file() else None
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of a name with a zero byte
         if size is not None:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)  # half a line would spoil the next one

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,9 +256,22 @@ def _checked(saved: Any) -> tuple[int | None, tuple[Record, ...]]:
         raise _no_state_dict(f"step {shorten(step, 40)}")
     kinds = {"hooks": Mapping, "watching": Mapping, "settling": Mapping, "records": list}
     wrong = [name for name, kind in kinds.items() if not isinstance(saved[name], kind)]
-    if wrong or not all(isinstance(hook, Mapping) for hook in saved["hooks"].values()):
-        raise _no_state_dict(f"{listed(wrong or ['hooks'])} of another type")
+    wrong = wrong or [name for name, is_whole in _INSIDE.items() if not is_whole(saved[name])]
+    if wrong:
+        raise _no_state_dict(f"{listed(wrong)} of another type")
     return step, tuple(Record.from_json(json.dumps(record)) for record in saved["records"])
+
+
+def _are_mappings(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
+
+
+_INSIDE: dict[str, Callable[[Any], bool]] = {
+    "hooks": lambda told: _are_mappings(told.values()),
+    "watching": lambda told: all(isinstance(held, list) and _are_mappings(held) for held in told.values()),
+    "settling": lambda told: type(told.get("next_id")) is int,
+}
+"""Whether what is saved under these keys is what it has to be."""
 
 
 def _no_state_dict(found: str) -> ResumeError:

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from flax_surgery_hooks._encodings import finite_elements
-from flax_surgery_hooks.errors import RefusedError
+from flax_surgery_hooks.errors import HookError, RefusedError
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.paths import listed
@@ -24,6 +24,9 @@ MOST_ROWS = 200
 """How many leaves the table shows that a writer gets; `Record.table` shows them all."""
 FAR = 2**30 - 1
 """The largest int that CPython compares at its fastest; a wake beyond it is looked at again there."""
+
+WRITES = ("write_hparams", "write_scalars", "write_texts", "write_histograms", "flush")
+"""What is called of a writer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,13 @@ class Settler:
     """
 
     def __init__(self, ledger: Ledger, writer: MetricWriter | None, on_error: str, after: int):
+        missing = [name for name in WRITES if not callable(getattr(writer, name, None))]
+        if writer is not None and missing:
+            raise HookError(
+                "writer= is no CLU metric writer.",
+                found=f"{type(writer).__name__} without {listed(missing)}",
+                write="writer=fsh.metrics.create_default_writer(workdir)",
+            )
         self._ledger = ledger
         self._given = writer
         self._on_error = on_error

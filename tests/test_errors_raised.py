@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import fuzz_cases
 import jax
 import jax.numpy as jnp
 import memory_cases
@@ -189,6 +190,7 @@ CASES = {
     "raising_later": Case(raising_later, e.UserCodeError, ("raised ValueError: no luck",), A | W | {"step": 3}),
     **memory_cases.CASES,
     **path_cases.CASES,
+    **{f"found_{name}": case for name, case in fuzz_cases.CASES.items()},
     "no_dict": Case(on_plain(of_leaves(lambda leaves: None)), FUNCTION,
                     ("with the paths it was given: w", "Found: NoneType"), W),
     "no_return": Case(on_plain(lambda w: None), FUNCTION, ("must return an array", "is a `return` missing?"), W),
