@@ -216,7 +216,7 @@ def mean_of_survivors(moved: jax.Array, fresh: jax.Array, old: jax.Array, init: 
     over = range(moved.ndim - 1)
 
     def mean(count: jax.Array, total: jax.Array, before: jax.Array) -> jax.Array:
-        everywhere = before.sum() / old.size if old.size else jnp.asarray(init, jnp.float32)
+        everywhere = before.sum() / float(old.size) if old.size else jnp.asarray(init, jnp.float32)
         whole = jnp.where(count.sum() > 0, total.sum() / jnp.maximum(count.sum(), 1), everywhere)
         return jnp.where(count > 0, total / jnp.maximum(count, 1), whole)
 
