@@ -7,12 +7,12 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 
-from flax_surgery_hooks import tables
+from flax_surgery_hooks import ledger_files, ledger_lines, processes, tables
 from flax_surgery_hooks.errors import LedgerError, shorten
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.watched_schedules import Trigger
@@ -49,6 +49,8 @@ class Record:
       seconds: host time of the fire, without waiting for the device.
       time: seconds since the epoch.
       detail: anything else, as JSON.
+      structure: after a fire that changed shapes, paths or the optimizer: all leaves of the state, as JSON; see
+        `abstract_state`.
       figures: "params/..." and "slots/..." -> number; see `metrics.Change`.
       per_leaf: figures of each of the leaves, then of the removed ones, float32 [leaves, len(metrics.COLUMNS)], or
         None; `table` shows them. Not part of the JSON.
@@ -72,6 +74,7 @@ class Record:
     seconds: float = _static(0.0)
     time: float = _static(0.0)
     detail: str = _static("")
+    structure: str = _static("")
     figures: dict[str, Any] = flax.struct.field(default_factory=dict)
     per_leaf: Any = None
 
@@ -107,9 +110,22 @@ class Record:
         fields["seconds"] = round(self.seconds, 6)
         fields["time"] = round(self.time, 3)
         fields["detail"] = json.loads(self.detail) if self.detail else None
+        fields["structure"] = json.loads(self.structure) if self.structure else None
         fields["figures"] = {name: _finite(value) for name, value in self.figures.items()}
         kept = {name: value for name, value in fields.items() if value not in (None, "", [], {})}
         return json.dumps(kept, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """The record that `to_json` wrote; without `per_leaf`, and with figures that were not finite as NaN.
+
+        Raises:
+          LedgerError: the line is no such record.
+
+        >>> Record.from_json('{"event": "fired", "step": 10, "hook": "halve"}').step
+        10
+        """
+        return cls(**ledger_lines.fields_of(line, EVENTS))
 
 
 def _finite(value: Any) -> float | None:
@@ -137,6 +153,28 @@ class Ledger:
         self.path = None if path is None else pathlib.Path(path)
         self.records: list[Record] = []
         self._on_record = on_record
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> tuple[Record, ...]:
+        """The records of a file.
+
+        Raises:
+          LedgerError: it cannot be read, or a line is damaged; it says up to which line all is well.
+        """
+        return tuple(Record(**fields) for fields in ledger_lines.read(pathlib.Path(path), EVENTS))
+
+    def resume(self, records: Sequence[Record]) -> None:
+        """Takes these records, of a checkpoint, as all that has happened: the file is cut to them, and what it has
+        beyond them kept in a file beside it. Of several processes the first does this; every one has to call it.
+
+        Raises:
+          LedgerError: the file is of another run, or cannot be written; nothing has changed then.
+        """
+        if self.path is not None:
+            lines = [record.to_json() for record in records]
+            path = self.path
+            processes.by_first("ledger", lambda: ledger_files.cut(path, lines))
+        self.records = list(records)
 
     def trouble(self) -> str | None:
         """Why this process, which should, cannot write the file; it is made for that. None if all is well."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from flax_surgery_hooks.errors import AgreementError, shorten
+from flax_surgery_hooks import errors
+from flax_surgery_hooks.errors import AgreementError, SurgeryError, shorten
 
 
 def is_first() -> bool:
@@ -111,3 +115,34 @@ def numbered(processes: tuple[int, ...]) -> str:
     """
     shown = ", ".join(map(str, processes[:8])) + (f" and {len(processes) - 8} more" if len(processes) > 8 else "")
     return f"process{'es' if len(processes) > 1 else ''} {shown}"
+
+
+_actions = itertools.count()  # of `by_first` in this process: the n-th of each go together
+
+
+def by_first(what: str, action: Callable[[], Any], secs: float = 300.0) -> None:
+    """Does something on the first process alone; what it raises there every process raises.
+
+    Every process has to call this, in the same order as the others.
+
+    Raises:
+      SurgeryError: of the class that `action` raised.
+      AgreementError: a process did not come.
+    """
+    failed: SurgeryError | None = None
+    if is_first():
+        try:
+            action()
+        except SurgeryError as error:
+            failed = error
+    if jax.process_count() == 1:
+        if failed is not None:
+            raise failed
+        return
+    told = "" if failed is None else json.dumps([type(failed).__name__, str(failed)])
+    said = exchange(f"flax_surgery_hooks/{what}/{next(_actions)}", told, secs)[0]
+    if failed is not None:
+        raise failed
+    if said:
+        kind, text = json.loads(said)
+        raise getattr(errors, kind, SurgeryError)(f"On process 0: {text}")

@@ -46,6 +46,12 @@ class Trigger(NamedTuple):
         """
         return {name: number_to_json(value) for name, value in self._asdict().items() if value is not None}
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Trigger:
+        """The trigger that `to_json` told of."""
+        numbers = {name: number_from_json(value) for name, value in saved.items() if name != "schedule"}
+        return cls(schedule=saved["schedule"], **numbers)
+
 
 class Watched(Schedule):
     """A schedule decided by one value of the trainer's inputs, in pure steps of a state apart from it.
