@@ -226,7 +226,7 @@ def foreseen(
     Raises:
       StructureError: they do, and may not.
     """
-    edited = jax.eval_shape(functools.partial(edit_unit, operation, unit, in_place), arrays, fire)
+    edited = jax.eval_shape(functools.partial(edit_unit, operation, unit, in_place, measures=False), arrays, fire)
     write = "apply_fn= for the new shapes, and on_reshape= for what the trainer has to rebuild"
     name = operation.edit.name
     changed = [
@@ -255,11 +255,19 @@ def foreseen(
 
 
 def edit_unit(
-    operation: Operation, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any = None
+    operation: Operation,
+    unit: Unit,
+    in_place: bool,
+    arrays: Arrays,
+    fire: Fire,
+    seeds: Any = None,
+    measures: bool = True,
 ) -> Edited:
     """`perform`, with what the surgery remembers taken from the arrays."""
     fire = fire._replace(memory=arrays.memory)
-    return perform(operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds)
+    return perform(
+        operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds, measures=measures
+    )
 
 
 def measuring(operation: Operation, unit: Unit, in_place: bool, lie: Places, arrays: Arrays, fire: Fire) -> Measured:
