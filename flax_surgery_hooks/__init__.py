@@ -39,18 +39,21 @@ from flax_surgery_hooks.surgery import key_for as key_for
 from flax_surgery_hooks.train_state import TrainState as TrainState
 
 if TYPE_CHECKING:
+    from flax_surgery_hooks import checkpoint as checkpoint
     from flax_surgery_hooks import config as config
     from flax_surgery_hooks import optax as optax
     from flax_surgery_hooks.config import register_surgery as register_surgery
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first asked for: configs, which with ml_collections are a third of the import, and transforms."""
-    if name not in ("config", "optax", "register_surgery"):
+    """Imported when first asked for: checkpoints, which need Orbax; configs, which with ml_collections are a third of
+    the import; and transforms.
+    """
+    if name not in ("checkpoint", "config", "optax", "register_surgery"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    if name == "optax":
-        return importlib.import_module("flax_surgery_hooks.optax")
+    if name in ("checkpoint", "optax"):
+        return importlib.import_module(f"flax_surgery_hooks.{name}")
     config = importlib.import_module("flax_surgery_hooks.config")
     return config if name == "config" else config.register_surgery

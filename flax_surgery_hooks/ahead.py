@@ -39,13 +39,13 @@ def check_ahead(
     ahead = state.replace(**{name: jax.tree.map(as_abstract, getattr(state, name)) for name in fields})
     for step, _, hook in sorted((due for due in first_due if due[0] is not None), key=lambda due: due[:2]):
         assert step is not None
-        before, ahead = ahead, _foresee(hook, ahead, inputs, seed, mirrors)
+        before, ahead = ahead, foresee(hook, ahead, inputs, seed, mirrors)
         if not hook.reshape.declared and ahead.tx is before.tx:
             continue
         ahead = memory.fitted(ahead, [(each.name, each.operation) for each in hooks], seed, anew=True)
         for other in hooks:
             if other.next_possible(step) is not None:
-                _foresee(other, ahead, inputs, seed, mirrors)
+                foresee(other, ahead, inputs, seed, mirrors)
 
 
 def _may_change(hook: Hook) -> bool:
@@ -53,7 +53,12 @@ def _may_change(hook: Hook) -> bool:
     return hook.reshape.declared or hook.operation.edit.edit_optimizer is not None
 
 
-def _foresee(hook: Hook, ahead: Any, inputs: dict[str, Any], seed: int, mirrors: Mirrors) -> Any:
+def foresee(hook: Hook, ahead: Any, inputs: dict[str, Any], seed: int, mirrors: Mirrors) -> Any:
+    """The abstract state after a fire of a hook on an abstract state.
+
+    Raises:
+      SurgeryError: what the fire would raise.
+    """
     with located(hook=hook.name):
         operation, arrays = bind_inputs(hook.operation, inputs)
         key = fires.fire_key(operation, seed, hook.name, 0, 0)

@@ -146,6 +146,22 @@ class LedgerError(SurgeryError):
     """A ledger file that cannot be written or read."""
 
 
+class ResumeError(SurgeryError):
+    """A run that cannot go on from what was saved: hooks that its past needs are gone or others, or nothing was saved.
+
+    Attributes:
+      changes: how the hooks differ from those that were saved, each a `resuming.Change`.
+    """
+
+    def __init__(self, problem: str, *, changes: tuple[Any, ...] = (), **fields: Any):
+        super().__init__(problem, **fields)
+        self.changes = changes
+
+
+class CheckpointError(SurgeryError):
+    """A checkpoint that is damaged, is not there, or holds another state than the trainer's."""
+
+
 class WriterError(SurgeryError):
     """Metrics that cannot be written: a value of the wrong shape or type, a directory, a writer that is closed."""
 

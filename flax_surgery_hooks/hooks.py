@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from flax_surgery_hooks import fires
+from flax_surgery_hooks.abstract_state import structure_json
 from flax_surgery_hooks.agreement import LIMIT_SECS, Agreement
 from flax_surgery_hooks.ahead import check_ahead
 from flax_surgery_hooks.collecting import Collector
@@ -23,17 +24,17 @@ from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.placement import off_mesh
 from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, find
+from flax_surgery_hooks.resuming import Resumable
 from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
 from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
 from flax_surgery_hooks.targets import placer
-from flax_surgery_hooks.traced_hooks import TracedHooks
 from flax_surgery_hooks.train_state import written
 from flax_surgery_hooks.watching import WATCHING, Watching
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class SurgeryHooks(TracedHooks):
+class SurgeryHooks(Resumable):
     """Hooks that edit a train state between train steps. Call them after each step: `state = hooks(step, state)`.
 
     Args:
@@ -69,7 +70,7 @@ class SurgeryHooks(TracedHooks):
 
     # An idle call is two comparisons of integers; slots make reading these a quarter cheaper.
     __slots__ = (
-        "_counts", "_last", "_programs", "_unchecked", "_watching", "donate", "strict_steps",
+        "_programs", "_unchecked", "donate", "strict_steps",
     )  # fmt: skip
 
     def __init__(
@@ -105,7 +106,8 @@ class SurgeryHooks(TracedHooks):
         self._collector = Collector(settle_after, self.ledger.path)
         self._programs: dict[str, dict[Hashable, Programs]] = {}
         self._unchecked: set[str] = set()
-        self._counts: dict[tuple[str, int], int] = {}
+        self._counts = {}
+        self._past, self._resumed, self._known, self._accepted = {}, None, frozenset(), frozenset()
         self._started = False
         self._last = -1
         self._wake = -1
@@ -231,15 +233,6 @@ class SurgeryHooks(TracedHooks):
         by_static = self._programs[name].values()
         return [passes.describe() for programs in by_static for passes in programs.compiled.values()]
 
-    def flush(self) -> None:
-        """Reads the figures of all fires now, which waits for the device, and flushes the writer.
-
-        Of fires in graph those at which the hooks were called; `collect` reads the others.
-        """
-        self._gather(self._collector.ripe(self._ordered(), NEVER))
-        self._settler.flush()
-        self._rewake()
-
     def _attend(self, step: Any, state: Any, inputs: dict[str, Any]) -> Any:
         """A call that is not idle: something has to be done, or is wrong."""
         if state is None:
@@ -262,7 +255,8 @@ class SurgeryHooks(TracedHooks):
             self._start(step, state)
         self._check_all(state, inputs)
         self._gather(self._collector.ripe(self._ordered(), step))
-        self._watching.look(step, inputs)
+        if step > self._last:  # it is the same where a run goes on at the very step that it saved
+            self._watching.look(step, inputs)
         self._settler.settle(step)
         fired: list[Fired] = []
         counts = dict(self._counts)
@@ -290,11 +284,12 @@ class SurgeryHooks(TracedHooks):
     def _start(self, step: int, state: Any) -> None:
         """The first call: compares `step` with the state's own, and takes due steps before it as passed."""
         check_first_step(step, state)
+        since = step - 1 if self._resumed is None else self._resume_at(step)
         self._begin(step)
-        self._last, self._collector.first = step - 1, step
+        self._last, self._collector.first = since, step
         for hook in self._ordered():
-            if hook.name not in self._collector.traced:
-                fires.note_missed(self.ledger, hook.name, hook.when, step - 1)
+            if hook.name not in self._collector.traced and hook.name not in self._known:
+                fires.note_missed(self.ledger, hook.name, hook.when, since)
 
     def _begin(self, step: int) -> None:
         """Writes that a session of hooks begins."""
@@ -357,6 +352,7 @@ class SurgeryHooks(TracedHooks):
             if fired.reshaped:
                 state = self._refitted(state)
                 state = hook.reshape.finish(state, record)
+                record = replace(record, structure=structure_json(state))
                 self._unchecked.update(name for name, other in self._hooks.items() if other.next_possible(step))
         if commit:
             self._counts[hook.name, step] = count + 1

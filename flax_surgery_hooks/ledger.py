@@ -173,7 +173,7 @@ class Ledger:
         if self.path is not None:
             lines = [record.to_json() for record in records]
             path = self.path
-            processes.by_first("ledger", lambda: ledger_files.cut(path, lines))
+            processes.by_first("ledger", lambda: str(ledger_files.cut(path, lines)))
         self.records = list(records)
 
     def trouble(self) -> str | None:

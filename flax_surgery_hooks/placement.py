@@ -75,11 +75,18 @@ def beside(neighbours: Iterable[Any]) -> Sharding | None:
 
     None if these are uncommitted, or do not agree on their devices: then JAX places the leaf.
     """
-    shardings = [leaf.sharding for leaf in neighbours if isinstance(leaf, jax.Array) and leaf.committed]
+    shardings = [sharding for leaf in neighbours if (sharding := known_sharding(leaf)) is not None]
     meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
     if len(meshes) == 1 and all(isinstance(sharding, NamedSharding) for sharding in shardings):
         return NamedSharding(meshes.pop(), PartitionSpec())
     return shardings[0] if len(set(shardings)) == 1 else None
+
+
+def known_sharding(leaf: Any) -> Sharding | None:
+    """Where a leaf is meant to lie: the sharding of a committed array, or what an abstract one says."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding
+    return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
 
 
 def check_together(name: str, paths: Iterable[str], leaves: Iterable[Any]) -> None:

@@ -120,8 +120,8 @@ def numbered(processes: tuple[int, ...]) -> str:
 _actions = itertools.count()  # of `by_first` in this process: the n-th of each go together
 
 
-def by_first(what: str, action: Callable[[], Any], secs: float = 300.0) -> None:
-    """Does something on the first process alone; what it raises there every process raises.
+def by_first(what: str, action: Callable[[], str], secs: float = 300.0) -> str:
+    """What an action returns on the first process, which alone does it; what it raises there every process raises.
 
     Every process has to call this, in the same order as the others.
 
@@ -129,20 +129,18 @@ def by_first(what: str, action: Callable[[], Any], secs: float = 300.0) -> None:
       SurgeryError: of the class that `action` raised.
       AgreementError: a process did not come.
     """
+    if jax.process_count() == 1:
+        return action()
     failed: SurgeryError | None = None
+    told = ["", ""]
     if is_first():
         try:
-            action()
+            told = ["", action()]
         except SurgeryError as error:
-            failed = error
-    if jax.process_count() == 1:
-        if failed is not None:
-            raise failed
-        return
-    told = "" if failed is None else json.dumps([type(failed).__name__, str(failed)])
-    said = exchange(f"flax_surgery_hooks/{what}/{next(_actions)}", told, secs)[0]
+            failed, told = error, [type(error).__name__, str(error)]
+    kind, text = json.loads(exchange(f"flax_surgery_hooks/{what}/{next(_actions)}", json.dumps(told), secs)[0])
     if failed is not None:
         raise failed
-    if said:
-        kind, text = json.loads(said)
+    if kind:
         raise getattr(errors, kind, SurgeryError)(f"On process 0: {text}")
+    return str(text)

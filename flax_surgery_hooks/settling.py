@@ -94,6 +94,14 @@ class Settler:
         # Histograms are elements, kept on the device until they are written: nobody but a writer wants them.
         self._waiting.append(replace(one, record=record, histograms=one.histograms if self._writer else None))
 
+    def to_json(self) -> dict[str, Any]:
+        """What it knows beside the records, once it is flushed."""
+        return {"next_id": self._count}
+
+    def from_json(self, saved: Mapping[str, Any]) -> None:
+        """Goes on where `to_json` was called."""
+        self._count = int(saved["next_id"])
+
     def flush(self) -> None:
         """Settles everything and flushes the writer."""
         self.settle(NEVER)

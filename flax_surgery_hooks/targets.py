@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from flax_surgery_hooks.errors import StructureError, UserCodeError, located, shorten
 from flax_surgery_hooks.operation import Unit
 from flax_surgery_hooks.paths import flatten, join
-from flax_surgery_hooks.placement import auto_axes, beside, divided, replicated
+from flax_surgery_hooks.placement import auto_axes, beside, divided, known_sharding, replicated
 
 Place: TypeAlias = "Callable[[str, jax.ShapeDtypeStruct], Sharding | PartitionSpec | None]"
 """From path and new shape of a leaf to where it goes; None leaves that to the rule."""
@@ -39,7 +39,7 @@ def targets(unit: Unit, arrays: Any, after: Any, place: Place | None) -> tuple[l
     for path, new in zip(unit.after.paths, after.params, strict=True):
         with located(path=path):
             before = old.get(path)
-            wanted = _asked(place, path, before, new, arrays.params)
+            wanted = asked_of(place, path, before, new, arrays.params)
             if wanted is not None:
                 asked[path] = wanted
             params.append(wanted if wanted is not None else _ruled(before, new, arrays.params))
@@ -54,7 +54,7 @@ def targets(unit: Unit, arrays: Any, after: Any, place: Place | None) -> tuple[l
     return params, slots, jax.tree.map(lambda leaf, new: _ruled(leaf, new, ()), arrays.memory, after.memory)
 
 
-def _asked(
+def asked_of(
     place: Place | None, path: str, before: Any, new: jax.ShapeDtypeStruct, neighbours: Sequence[Any]
 ) -> Sharding | None:
     """What `place` says of a leaf whose shape changes."""
@@ -62,7 +62,7 @@ def _asked(
         return None
     answer = place(path, new)
     if isinstance(answer, PartitionSpec):
-        known = [leaf.sharding for leaf in (before, *neighbours) if isinstance(leaf, jax.Array) and leaf.committed]
+        known = [known_sharding(leaf) for leaf in (before, *neighbours)]
         meshes = [sharding.mesh for sharding in known if isinstance(sharding, NamedSharding)]
         if not meshes:
             raise StructureError(

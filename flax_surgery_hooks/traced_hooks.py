@@ -227,6 +227,15 @@ class TracedHooks(HookSet):
                 state, start, after, checked_step(num_steps)
             )
 
+    def flush(self) -> None:
+        """Reads the figures of all fires now, which waits for the device, and flushes the writer.
+
+        Of fires in graph those at which the hooks were called; `collect` reads the others.
+        """
+        self._gather(self._collector.ripe(self._ordered(), NEVER))
+        self._settler.flush()
+        self._rewake()
+
     def settings(self) -> dict[str, Any]:
         """What holds for all hooks, and must be the same on every process."""
         mirrors = {"mirrors": dict(self.mirrors), "ledger": self.ledger.trouble()}

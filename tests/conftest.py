@@ -22,7 +22,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_anew() -> Iterator[None]:
-    """Drops the programs of a module at its end: they fill memory, and past 8192 of them JAX keeps no more (jax#39078)."""
+    """Drops a module's programs at its end: they fill memory, and past 8192 JAX keeps no more (jax#39078)."""
     yield
     jax.clear_caches()
 
