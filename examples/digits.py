@@ -126,7 +126,9 @@ def evaluate(state: fsh.TrainState, split: Split) -> tuple[jax.Array, jax.Array]
     return loss, hits.mean()
 
 
-def make_hooks(config: ml_collections.ConfigDict, writer: Any, ledger: pathlib.Path) -> fsh.SurgeryHooks:
+def make_hooks(
+    config: ml_collections.ConfigDict, writer: Any = None, ledger: pathlib.Path | None = None
+) -> fsh.SurgeryHooks:
     """The hooks of the config, and one written here."""
     hooks = fsh.SurgeryHooks.from_config(
         config.surgery,
@@ -142,6 +144,11 @@ def make_hooks(config: ml_collections.ConfigDict, writer: Any, ledger: pathlib.P
         return jnp.where(jnp.abs(kernel) < config.threshold, 0, kernel)
 
     return hooks
+
+
+def for_surgery(config: ml_collections.ConfigDict) -> tuple[Callable[[], fsh.TrainState], fsh.SurgeryHooks]:
+    """What the commands of flax_surgery_hooks ask a trainer for: its initial state and its hooks."""
+    return functools.partial(create_state, config), make_hooks(config)
 
 
 def show(record: fsh.Record) -> None:

@@ -36,10 +36,12 @@ class Trainer(NamedTuple):
     Attributes:
       init_fn: makes its initial state; or that state, abstract.
       hooks: its hooks.
+      num_steps: `config.num_steps`, None if the config has none.
     """
 
     init_fn: Any
     hooks: SurgeryHooks
+    num_steps: int | None = None
 
     def initial_state(self) -> Any:
         """Its initial state, abstract.
@@ -57,7 +59,7 @@ class Trainer(NamedTuple):
             raise
         except Exception as error:
             raise CommandError(
-                f"The trainer's init_fn() fails when it is run abstractly: {type(error).__name__}: {shorten(error)}",
+                f"The trainer's init_fn() fails when it is run abstractly. {type(error).__name__}: {_last_line(error)}",
                 write="a function without arguments that makes the state in ordinary jnp, such as create_state",
             ) from error
 
@@ -81,19 +83,20 @@ def load(trainer: str, arguments: Sequence[str]) -> Trainer:
     except SurgeryError:
         raise
     except Exception as error:
-        if config is None or "surgery" not in config:
+        told = f"{type(error).__name__}: {_last_line(error)}"
+        if not hasattr(config, "surgery"):
             raise ConfigError(
                 "The config has no `surgery`, where hooks are described, and the trainer fails with it.",
-                found=f"{type(error).__name__}: {shorten(error)}",
-                write="config.surgery = ml_collections.ConfigDict({name: fsh.config.hook(...)})",
+                found="no --config=" if config is None else told,
+                write="--config=configs/digits.py, and in that file config.surgery = ConfigDict({name: "
+                "fsh.config.hook(...)})",
             ) from error
-        raise CommandError(
-            f"The trainer's function failed: {type(error).__name__}: {shorten(error)}", path=path
-        ) from error
-    return _checked(path, made)
+        raise CommandError(f"The trainer's function fails. {told}", path=path) from error
+    num_steps = getattr(config, "num_steps", None)
+    return _checked(path, made, num_steps if type(num_steps) is int else None)
 
 
-def _checked(path: str, made: Any) -> Trainer:
+def _checked(path: str, made: Any, num_steps: int | None) -> Trainer:
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], SurgeryHooks):
         found = f"a tuple of {listed(type(one).__name__ for one in made)}" if isinstance(made, tuple) else None
         raise CommandError(
@@ -113,7 +116,7 @@ def _checked(path: str, made: Any) -> Trainer:
         raise ConfigError(
             "The trainer has no hooks.", write="config.surgery.<name> = fsh.config.hook(...), with enabled=True"
         )
-    return Trainer(*made)
+    return Trainer(*made, num_steps)
 
 
 def _function(trainer: str) -> tuple[str, Callable[[Any], Any]]:
@@ -126,7 +129,8 @@ def _function(trainer: str) -> tuple[str, Callable[[Any], Any]]:
     module = _module(path.resolve())
     function = getattr(module, wanted, None)
     if not callable(function):
-        functions = [each for each, value in vars(module).items() if isinstance(value, types.FunctionType)]
+        mine = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+        functions = [value.__name__ for value in mine if isinstance(value, types.FunctionType)]
         raise CommandError(
             f"The trainer file has no function {wanted!r}.",
             path=name,
@@ -155,7 +159,7 @@ def _module(path: pathlib.Path) -> types.ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise CommandError(
-            f"The trainer file cannot be imported: {type(error).__name__}: {shorten(error)}", path=str(path)
+            f"The trainer file cannot be imported. {type(error).__name__}: {_last_line(error)}", path=str(path)
         ) from error
     return module
 
@@ -167,11 +171,12 @@ def _config(arguments: Sequence[str]) -> Any:
     try:
         rest = values(argv)[1:]
         config = values.config
+        hasattr(config, "surgery")  # one that could not be made says so when it is first looked at
     except flags.Error as error:
-        raise UsageError(f"The arguments cannot be read: {shorten(error)}", write=_WRITE) from error
+        raise UsageError(f"The arguments cannot be read. {_last_line(error)}", write=_WRITE) from error
     except Exception as error:
         raise ConfigError(
-            f"The config cannot be made: {type(error).__name__}: {shorten(error)}",
+            f"The config cannot be made. {type(error).__name__}: {_last_line(error)}",
             found=listed(arguments),
             write="--config=configs/digits.py:fast --config.surgery.head_norm.every=50",
         ) from error
@@ -180,4 +185,11 @@ def _config(arguments: Sequence[str]) -> Any:
     return config
 
 
-_WRITE = "--config=file.py:variant and --config.<key>=<value>, beside the options of the command; --help lists these"
+def _last_line(error: Exception) -> str:
+    """What an error says; of one that tells of others, by their tracebacks, the last."""
+    text = str(error.args[0]) if len(error.args) == 1 else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return shorten(lines[-1] if any("Traceback" in line for line in lines) else " ".join(lines))
+
+
+_WRITE = "the options that --help lists, --config=file.py:variant and --config.<key>=<value>"
