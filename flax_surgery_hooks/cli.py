@@ -2,7 +2,7 @@
 
     ledger runs/digits
     plan --trainer=examples/digits.py --config=configs/digits.py:fast --config.surgery.head_norm.every=50
-    apply runs/digits/checkpoints --trainer=examples/digits.py --config=configs/digits.py --hook=head_norm --out=runs/edited
+    apply runs/digits/checkpoints --trainer=examples/digits.py --config=configs/digits.py --hook=reinit --out=runs/new
 
 `trainers` says what a trainer's file has for them. The exit status is 0, or 2 where the arguments cannot be read, or 1
 where the command cannot be done, with what is wrong as one line of text.

@@ -58,13 +58,19 @@ class Line:
         return (
             "-" if self.step is None else str(self.step),
             self.hook,
-            self.event + (f" {_few(self.passed)}" if self.passed else ""),
+            self._told(),
             " ".join([leaves, *marks]),
             self.rule or "-",
             _number(self.params_change),
             _number(self.slots_change),
             "-" if self.seconds is None else f"{self.seconds:.3f}",
         )
+
+    def _told(self) -> str:
+        steps = ", ".join(map(str, self.passed[:SHOWN])) + (" ..." if len(self.passed) > SHOWN else "")
+        if not steps:
+            return self.event
+        return f"{self.event} {steps}" if self.event == "passed" else f"{self.event}, also for {steps}"
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
@@ -129,10 +135,6 @@ def table(found: Sequence[Line]) -> str:
         f" in {sessions} sessions" if sessions > 1 else ""
     )
     return "\n".join([head, aligned(HEAD, [line.cells() for line in found], right=RIGHT)])
-
-
-def _few(steps: Sequence[int]) -> str:
-    return "of " + ", ".join(map(str, steps[:SHOWN])) + (" ..." if len(steps) > SHOWN else "")
 
 
 def _number(value: float | None) -> str:
