@@ -111,11 +111,20 @@ def apply(given: argparse.Namespace, rest: Sequence[str]) -> None:
     step = step_of(state)
     state = hooks.fire(given.hook, state, step)
     hooks.flush()
+    [fired] = ledger_text.lines(hooks.ledger.records)[-1:]
+    if fired.event != "fired":
+        raise CommandError(
+            "The fire was refused, and nothing is saved.",
+            hook=given.hook,
+            step=step,
+            found=f"an edit that is {fired.event}",
+            write="an edit that is finite on these leaves",
+        )
     with _manager(out, create=True) as manager:
         checkpoint.save(manager, step, state, hooks, force=True)
         manager.wait_until_finished()
     (out / LEDGER).write_text("".join(record.to_json() + "\n" for record in hooks.ledger.records), encoding="utf-8")
-    print(ledger_text.table(ledger_text.lines(hooks.ledger.records)[-1:]))
+    print(ledger_text.table([fired]))
     print(f"Saved step {step} in {out}.")
 
 

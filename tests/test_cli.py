@@ -232,7 +232,9 @@ class TestTrainers:
     def test_a_value_of_a_config(self, capsys):
         assert cli.main(["plan", *TRAINER, "--config.surgery.halve.factor=-inf"]) == 1
         told = capsys.readouterr().err
-        assert told.startswith("ConfigError: 1 problem in the config:\n- surgery.halve: Scale: Scale(factor=...) must be")
+        assert told.startswith(
+            "ConfigError: 1 problem in the config:\n- surgery.halve: Scale: Scale(factor=...) must be"
+        )
 
     @pytest.mark.parametrize("arguments", [(), ("plan",), ("plan", *TRAINER, "--num_steps=-1"), ("destroy",)])
     def test_what_the_parser_refuses(self, arguments, capsys):
@@ -318,7 +320,10 @@ class TestApply:
     def test_a_fire_that_makes_values_that_are_not_finite(self, run, tmp_path, capsys):
         huge = "--config.surgery.halve.factor=3.4e38"
         told = refused(capsys, "apply", run, *TRAINER, "--hook=halve", f"--out={tmp_path / 'out'}", huge)
-        assert told.startswith("RefusedError: hook 'halve', step 5: ")
+        assert told.startswith("RefusedError: hook 'halve', step 5, path 'in/kernel': ")
+        skipping = f"--trainer={FILE}:skipping"
+        told = refused(capsys, "apply", run, skipping, TRAINER[1], "--hook=halve", f"--out={tmp_path / 'out'}", huge)
+        assert told.startswith("CommandError: hook 'halve', step 5: The fire was refused, and nothing is saved.")
         assert not (tmp_path / "out").exists()
 
     def test_directories(self, run, tmp_path, capsys):

@@ -63,6 +63,12 @@ def with_ledger(config: ml_collections.ConfigDict) -> Any:
     return create_state, fsh.SurgeryHooks.from_config(config.surgery, ledger="ledger.jsonl")
 
 
+def skipping(config: ml_collections.ConfigDict) -> Any:
+    return functools.partial(create_state, config), fsh.SurgeryHooks.from_config(
+        config.surgery, seed=3, on_error="skip"
+    )
+
+
 def without_hooks(config: ml_collections.ConfigDict) -> Any:
     return create_state, fsh.SurgeryHooks()
 
