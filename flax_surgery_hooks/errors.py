@@ -170,6 +170,14 @@ class WriterError(SurgeryError):
     """Metrics that cannot be written: a value of the wrong shape or type, a directory, a writer that is closed."""
 
 
+class CommandError(SurgeryError):
+    """What a command cannot do: its trainer file, checkpoint or output directory is not what it must be."""
+
+
+class UsageError(CommandError):
+    """Arguments of a command that cannot be read."""
+
+
 def shorten(value: object, limit: int = 300) -> str:
     """`str(value)` cut in the middle to at most `limit` characters; arrays show as dtype and shape. It never raises.
 
