@@ -17,7 +17,7 @@ from flax_surgery_hooks.errors import LedgerError, shorten
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.watched_schedules import Trigger
 
-EVENTS = ("run", "fired", "settled", "refused", "passed", "preview")
+EVENTS = ("run", "fired", "settled", "refused", "rolled_back", "undone", "passed", "preview")
 
 
 def _static(default: Any) -> Any:
@@ -30,8 +30,8 @@ class Record:
 
     Attributes:
       event: "run" (a session of hooks begins), "fired" (host facts, written at once), "settled" (its figures, once
-        they are there) or "refused" (the guard kept the old values), "passed" (due steps that lie before the first
-        call), "preview".
+        they are there) or "refused" (the guard kept the old values), "rolled_back" and "undone" (the old values were
+        put back by a metric or by `hooks.undo`), "passed" (due steps that lie before the first call), "preview".
       step: what `state.step` held.
       hook: name of the hook.
       id: number of the fire in this session; joins a "fired" record with what becomes of it.
