@@ -179,8 +179,9 @@ def check_choices(values: Mapping[str, Any], report: Report) -> None:
             report.at("opt_state").at(kind).attempt(slot_rules, {kind: rule}, "nothing")
     elif isinstance(rules, str):
         report.at("opt_state").attempt(slot_rules, rules, "nothing")
-    if isinstance(values.get("fresh"), str):
-        report.at("fresh").attempt(check_choice, values["fresh"], FRESH, "value of `fresh`")
+    for key, choices in (("fresh", FRESH),):
+        if isinstance(values.get(key), str):
+            report.at(key).attempt(check_choice, values[key], choices, f"value of `{key}`")
     if isinstance(values.get("guard"), str):
         report.at("guard").attempt(as_guard, values["guard"], "value of `guard`")
     if isinstance(values.get("on_error"), str):
