@@ -114,6 +114,10 @@ class StructureError(SurgeryError):
     """A fire that would change shapes where the train loop expects them to stay."""
 
 
+class FireError(SurgeryError):
+    """A fire that failed while it ran, out of memory or in a callback; says whether the state in hand is whole."""
+
+
 class RefusedError(SurgeryError):
     """A fire whose result was not finite, raised when `on_error="raise"`; the state kept its old values."""
 
@@ -164,6 +168,14 @@ class CheckpointError(SurgeryError):
 
 class WriterError(SurgeryError):
     """Metrics that cannot be written: a value of the wrong shape or type, a directory, a writer that is closed."""
+
+
+class CommandError(SurgeryError):
+    """What a command cannot do: its trainer file, checkpoint or output directory is not what it must be."""
+
+
+class UsageError(CommandError):
+    """Arguments of a command that cannot be read."""
 
 
 def shorten(value: object, limit: int = 300) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from flax_surgery_hooks import fires
+from flax_surgery_hooks import failing, fires
 from flax_surgery_hooks.abstract_state import structure_json
 from flax_surgery_hooks.agreement import LIMIT_SECS, Agreement
 from flax_surgery_hooks.ahead import check_ahead
@@ -70,7 +70,7 @@ class SurgeryHooks(Resumable):
 
     # An idle call is two comparisons of integers; slots make reading these a quarter cheaper.
     __slots__ = (
-        "_programs", "_unchecked", "donate", "strict_steps",
+        "_programs", "_tried", "_unchecked", "donate", "strict_steps",
     )  # fmt: skip
 
     def __init__(
@@ -107,9 +107,11 @@ class SurgeryHooks(Resumable):
         self._settler = Settler(self.ledger, writer, on_error, settle_after)
         self._collector = Collector(settle_after, self.ledger.path)
         self._programs: dict[str, dict[Hashable, Programs]] = {}
+        self._tried: dict[Programs, int] = {}
         self._unchecked: set[str] = set()
         self._counts = {}
         self._past, self._resumed, self._known, self._accepted = {}, None, frozenset(), frozenset()
+        self._saved = None
         self._started = False
         self._last = -1
         self._wake = -1
@@ -272,13 +274,14 @@ class SurgeryHooks(Resumable):
                 passed = self._passed(hook, steps, step)
                 state, one = self._fire(hook, state, step, inputs, donate, passed)
                 fired.append(one)
+            self._gather(fired)
             state = written(state) if fired else state
         except BaseException:
             self._counts = counts  # nothing of this call happened: the caller keeps the state it passed
             raise
         self._last = step
         self._watching.clear()
-        self._record(fired)
+        self._rewake()
         if first:
             self._wake = -1  # one call before the loop and one in it are two lines, so the second is looked at as well
         return state
@@ -295,9 +298,9 @@ class SurgeryHooks(Resumable):
 
     def _begin(self, step: int) -> None:
         """Writes that a session of hooks begins."""
+        self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
         self._started = True
         self._last = step
-        self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
         self._settler.started(self.hparams())
 
     def _check_all(self, state: Any, inputs: dict[str, Any]) -> None:
@@ -344,10 +347,16 @@ class SurgeryHooks(Resumable):
             key = fires.fire_key(operation, self.seed, hook.name, step, count)
             held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
             programs = self._compiled(hook, operation, held)
-            with off_mesh(state):
+            tried = self._tried.get(programs) == len(programs.compiled)
+            if not tried:
+                failing.wait(state)  # what fails here is the train step
+            with off_mesh(state), failing.explained(state, self._saved):
                 held, fired = fires.fire(
                     programs, held, hook.name, key, step, arrays, reshape, commit=commit, donate=donate
                 )
+                if not tried:  # a program that has just been compiled: that it runs is worth to wait for
+                    failing.wait(held)
+            self._tried[programs] = len(programs.compiled)
             state = original(held)
             seconds = time.perf_counter() - start
             triggers = self._watching.triggers(hook.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,16 @@ def find(hooks: Mapping[str, Hook], name: str) -> Hook:
     Raises:
       HookError: there is none.
     """
+    check_known(hooks, name)
+    return hooks[name]
+
+
+def check_known(hooks: Collection[str], name: str) -> None:
+    """Raises unless there is a hook of this name.
+
+    Raises:
+      HookError: there is none.
+    """
     if not isinstance(name, str) or name not in hooks:
         raise HookError(
             "There is no hook of this name.",
@@ -101,7 +111,6 @@ def find(hooks: Mapping[str, Hook], name: str) -> Hook:
             found=f"hooks {listed(hooks) or 'none'}",
             write=listed(close_matches(shorten(name), hooks)) or None,
         )
-    return hooks[name]
 
 
 def check_name(hooks: Iterable[str], name: Any) -> None:

@@ -77,7 +77,7 @@ class Report:
 class Resumable(TracedHooks):
     """The part of `SurgeryHooks` that saves what hooks know, and goes on from it."""
 
-    __slots__ = ("_accepted", "_counts", "_known", "_last", "_past", "_resumed", "_watching")
+    __slots__ = ("_accepted", "_counts", "_known", "_last", "_past", "_resumed", "_saved", "_watching")
 
     _accepted: frozenset[str]
     _counts: dict[tuple[str, int], int]
@@ -85,6 +85,7 @@ class Resumable(TracedHooks):
     _last: int
     _past: dict[str, Any]
     _resumed: int | None
+    _saved: Any
     _watching: Watching
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
@@ -160,6 +161,10 @@ class Resumable(TracedHooks):
             for change in (change for change in changes if change.hook not in allow_changes):
                 logging.warning("This run goes on with other hooks: %s.", change)
         return Report(step, tuple(changes))
+
+    def note_checkpoints(self, manager: Any) -> None:
+        """Says where the run is saved, so that an error can name the checkpoint to go back to."""
+        self._saved = manager
 
     def check_state_dict(self, saved: Mapping[str, Any], allow_changes: Collection[str] = ()) -> Report:
         """What `load_state_dict` would return or raise, but for what concerns the ledger's file; changes nothing."""

@@ -96,13 +96,14 @@ class Settler:
         if (writer := self._writer) is not None and hparams:
             writer.write_hparams(hparams)
 
-    def fired(self, one: Fired) -> None:
-        """Writes the "fired" record and keeps the figures for later."""
-        record = replace(one.record, event="fired", id=self._count)
-        self._count += 1
-        self._ledger.write(record)
-        # Histograms are elements, kept on the device until they are written: nobody but a writer wants them.
-        self._waiting.append(replace(one, record=record, histograms=one.histograms if self._writer else None))
+    def fired(self, *fired: Fired) -> None:
+        """Writes the "fired" records, all or none, and keeps the figures for later."""
+        records = [replace(one.record, event="fired", id=self._count + i) for i, one in enumerate(fired)]
+        self._ledger.write(*records)
+        self._count += len(records)
+        for one, record in zip(fired, records, strict=True):
+            # Histograms are elements, kept on the device until they are written: nobody but a writer wants them.
+            self._waiting.append(replace(one, record=record, histograms=one.histograms if self._writer else None))
 
     def to_json(self) -> dict[str, Any]:
         """What it knows beside the records, once it is flushed."""
@@ -124,9 +125,11 @@ class Settler:
         Raises:
           RefusedError: the guard kept a result out, and `on_error` is "raise". All records are written before.
         """
-        ripe = [one for one in self._waiting if _step(one) + self._after <= step]
-        self._waiting = [one for one in self._waiting if _step(one) + self._after > step]
-        refused = [record for record in map(self._settled, ripe) if record.event == "refused"]
+        refused = []
+        for one in [one for one in self._waiting if _step(one) + self._after <= step]:
+            record = self._settled(one)
+            self._waiting.remove(one)  # only now: a record that cannot be written waits for the next time
+            refused += [record] if record.event == "refused" else []
         if refused and self._on_error == "raise":
             first = refused[0]
             raise RefusedError(

@@ -99,3 +99,9 @@ def step_of(state: Any) -> int:
         raise StateError("The state has no `step`.", found=type(state).__name__, write="step=...")
     check_one_replica(state)
     return int(state.step)
+
+
+def planned_from(state: Any) -> int:
+    """What `state.step` holds, 0 where it is abstract, or there is none; waits for the device."""
+    held = getattr(state, "step", None)
+    return step_of(state) if held is not None and checks.concrete(held) else 0
