@@ -97,6 +97,9 @@ CASES = {
     # Values of other types.
     "on_record": Case(lambda: fsh.SurgeryHooks(on_record="print"), e.LedgerError,
                       ("on_record= is a function of a record", "Found: 'print'", "on_record=print")),
+    "on_record_raises": Case(lambda: fsh.Ledger(on_record=lambda record: 1 // 0).write(fsh.Record(hook="a", step=3)),
+                             e.UserCodeError, ("on_record raised ZeroDivisionError", "record is written"),
+                             {"hook": "a", "step": 3}),
     "ledger": Case(lambda: fsh.SurgeryHooks(ledger=3), e.LedgerError, ("the path of a file", "Found: 3")),
     "read": Case(lambda: fsh.Ledger.read(3), e.LedgerError, ("the path of a file", "Found: 3")),
     "zero_byte": Case(lambda: fsh.Ledger.read("a\0"), e.LedgerError, ("cannot be read", "null byte"), {"path": "a\0"}),

@@ -27,7 +27,7 @@ SIZES = {
     "round trips": (300, 1.0),
     "lines": (400, 0.3),
     "ledgers": (200, 0.3),
-    "saved": (150, 0.2),
+    "saved": (100, 0.2),
 }
 
 
