@@ -65,6 +65,7 @@ def save(
         raise CheckpointError(
             "The names of these items are taken.", found=listed(sorted(taken)), write="other names in items="
         )
+    hooks.note_checkpoints(manager)
     if not force and not manager.should_save(step):
         return False
     if in_graph.buffers(state):
@@ -139,6 +140,7 @@ def restore(
         target = _as_stored(target, stored, hooks)
         state = _arrays(manager, at, target)
     hooks.load_state_dict(saved, allow_changes)
+    hooks.note_checkpoints(manager)
     _warn_of_later(manager, at)
     return hooks.init(state, fires=_room(state) or room)
 
@@ -299,10 +301,11 @@ def _damaged(manager: ocp.CheckpointManager, step: int, error: Exception, what: 
 def _is_whole(manager: ocp.CheckpointManager, step: int) -> bool:
     """Whether everything of a checkpoint can be read, as far as one process can tell."""
     try:
-        read = manager.restore(step, args=ocp.args.Composite(**{HOOKS: ocp.args.JsonRestore()}))[HOOKS]
+        args: dict[str, Any] = {HOOKS: ocp.args.JsonRestore()}
         if jax.process_count() == 1:
-            target = _placed(_nested(_stored(read)))
-            manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(target)}))
+            first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            args[STATE] = ocp.args.StandardRestore(fallback_sharding=first)
+        _stored(manager.restore(step, args=ocp.args.Composite(**args))[HOOKS])
     except Exception:
         return False
     return True

@@ -28,6 +28,7 @@ from flax_surgery_hooks.config_registry import find_class
 from flax_surgery_hooks.config_registry import register_surgery as register_surgery
 from flax_surgery_hooks.config_schedule import schedule
 from flax_surgery_hooks.config_writing import written
+from flax_surgery_hooks.errors import quoted, shorten
 from flax_surgery_hooks.surgery import as_edit
 
 
@@ -48,7 +49,7 @@ def hook(surgery_name: str, /, **fields: Any) -> ConfigDict:
     >>> config.surgery.head.to, config.surgery.head.get_type("expect")
     (1.0, <class 'int'>)
     """
-    report = Report(f"hook({surgery_name!r})")
+    report = Report(f"hook({quoted(surgery_name, 80)})")
     if "surgery" in fields:
         report.at("surgery").add("the first argument already names the surgery")
     config = written({**fields, "surgery": surgery_name}, fields_of(HookFields), report)
@@ -69,7 +70,7 @@ def surgery(surgery_name: str, /, **fields: Any) -> ConfigDict:
     >>> surgery("scale", factor=2).to_dict()
     {'factor': 2.0, 'surgery': 'scale'}
     """
-    report = Report(f"surgery({surgery_name!r})")
+    report = Report(f"surgery({quoted(surgery_name, 80)})")
     if "surgery" in fields:
         report.at("surgery").add("the first argument already names the surgery")
     config = written({**fields, "surgery": surgery_name}, {"surgery": fields_of(HookFields)["surgery"]}, report)
@@ -102,7 +103,7 @@ def build(config: Any, objects: Mapping[str, Any] | None = None, *, prefix: str 
         report.add(f"must map names of hooks to their configs, found {shown(config)}")
         report.raise_if_any("the config")
     hooks = read(config, dereferenced, report)
-    specs = [_spec(name, hooks[name], given_objects, report.at(name)) for name in sorted(hooks, key=str)]
+    specs = [_spec(name, hooks[name], given_objects, report.at(name)) for name in sorted(hooks, key=shorten)]
     given_objects.report_unused(report)
     report.raise_if_any("the config")
     return [spec for spec in specs if spec is not None]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from flax_surgery_hooks import rules
-from flax_surgery_hooks.errors import HookError, ScheduleError, located
+from flax_surgery_hooks.errors import HookError, ScheduleError, located, quoted
 from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.operate import make_operation
 from flax_surgery_hooks.operation import Operation
@@ -77,14 +77,16 @@ class HookSet:
           HookError: the name is taken or malformed.
           SurgeryError: anything else that can be seen without a state.
         """
-        with located(hook=name if isinstance(name, str) else repr(name)):
+        with located(hook=name if isinstance(name, str) else quoted(name)):
             check_name(self._hooks, name)
             if not isinstance(when, Schedule):
                 raise ScheduleError(
-                    "`when=` is no schedule.", found=repr(when), write="when=fsh.every(200) or fsh.at(1_000)"
+                    "`when=` is no schedule.", found=quoted(when), write="when=fsh.every(200) or fsh.at(1_000)"
                 )
-            if isinstance(priority, bool) or not isinstance(priority, int):
-                raise HookError("`priority=` is a Python int.", found=repr(priority), write="priority=0")
+            if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
+                raise HookError(
+                    "`priority=` is a Python int.", found=quoted(priority), write="priority=0 (at most 64 bits)"
+                )
             operation = make_operation(
                 surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
                 figures=bool(figures), histograms=bool(histograms), fields=fields,

@@ -7,13 +7,13 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from flax_surgery_hooks import fires
+from flax_surgery_hooks import failing, fires
 from flax_surgery_hooks.abstract_state import structure_json
 from flax_surgery_hooks.agreement import LIMIT_SECS, Agreement
 from flax_surgery_hooks.ahead import check_ahead
 from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.donation import DONATE
-from flax_surgery_hooks.errors import HookError, StateError, StepError, located
+from flax_surgery_hooks.errors import HookError, StateError, StepError, located, quoted
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.mirrors import checked, original, viewed
@@ -26,7 +26,7 @@ from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, find
 from flax_surgery_hooks.resuming import Resumable
 from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
-from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
+from flax_surgery_hooks.steps import check_concrete, check_fire_step, check_first_step, checked_step, step_of
 from flax_surgery_hooks.targets import placer
 from flax_surgery_hooks.train_state import written
 from flax_surgery_hooks.watching import WATCHING, Watching
@@ -70,7 +70,7 @@ class SurgeryHooks(Resumable):
 
     # An idle call is two comparisons of integers; slots make reading these a quarter cheaper.
     __slots__ = (
-        "_programs", "_unchecked", "donate", "strict_steps",
+        "_programs", "_tried", "_unchecked", "donate", "strict_steps",
     )  # fmt: skip
 
     def __init__(
@@ -88,14 +88,16 @@ class SurgeryHooks(Resumable):
         agree_secs: float = LIMIT_SECS,
     ):
         super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise HookError("SurgeryHooks(seed=...) is a Python int.", found=repr(seed), write="seed=0")
-        if on_error not in fires.ON_ERROR:
-            raise HookError("Unknown on_error=.", found=repr(on_error), write=f"one of {', '.join(fires.ON_ERROR)}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise HookError(
+                "SurgeryHooks(seed=...) is a Python int.", found=quoted(seed), write="seed=0 (at most 64 bits)"
+            )
+        if not isinstance(on_error, str) or on_error not in fires.ON_ERROR:
+            raise HookError("Unknown on_error=.", found=quoted(on_error), write=f"one of {', '.join(fires.ON_ERROR)}")
         if isinstance(settle_after, bool) or not isinstance(settle_after, int) or settle_after < 0:
-            raise HookError("settle_after= is a number of steps.", found=repr(settle_after), write="settle_after=4")
-        if donate not in DONATE:
-            raise HookError("Unknown donate=.", found=repr(donate), write=f"one of {', '.join(DONATE)}")
+            raise HookError("settle_after= is a number of steps.", found=quoted(settle_after), write="settle_after=4")
+        if not isinstance(donate, str) or donate not in DONATE:
+            raise HookError("Unknown donate=.", found=quoted(donate), write=f"one of {', '.join(DONATE)}")
         self.seed = seed
         self.donate = donate
         self.mirrors = checked(mirrors)
@@ -105,9 +107,11 @@ class SurgeryHooks(Resumable):
         self._settler = Settler(self.ledger, writer, on_error, settle_after)
         self._collector = Collector(settle_after, self.ledger.path)
         self._programs: dict[str, dict[Hashable, Programs]] = {}
+        self._tried: dict[Programs, int] = {}
         self._unchecked: set[str] = set()
         self._counts = {}
         self._past, self._resumed, self._known, self._accepted = {}, None, frozenset(), frozenset()
+        self._saved = None
         self._started = False
         self._last = -1
         self._wake = -1
@@ -270,13 +274,14 @@ class SurgeryHooks(Resumable):
                 passed = self._passed(hook, steps, step)
                 state, one = self._fire(hook, state, step, inputs, donate, passed)
                 fired.append(one)
+            self._gather(fired)
             state = written(state) if fired else state
         except BaseException:
             self._counts = counts  # nothing of this call happened: the caller keeps the state it passed
             raise
         self._last = step
         self._watching.clear()
-        self._record(fired)
+        self._rewake()
         if first:
             self._wake = -1  # one call before the loop and one in it are two lines, so the second is looked at as well
         return state
@@ -293,9 +298,9 @@ class SurgeryHooks(Resumable):
 
     def _begin(self, step: int) -> None:
         """Writes that a session of hooks begins."""
+        self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
         self._started = True
         self._last = step
-        self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
         self._settler.started(self.hparams())
 
     def _check_all(self, state: Any, inputs: dict[str, Any]) -> None:
@@ -336,15 +341,22 @@ class SurgeryHooks(Resumable):
     ) -> tuple[Any, Fired]:
         start = time.perf_counter()
         with located(hook=hook.name, step=step):
+            check_fire_step(step)
             operation, arrays = bind_inputs(hook.operation, inputs)
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)
             held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
             programs = self._compiled(hook, operation, held)
-            with off_mesh(state):
+            tried = self._tried.get(programs) == len(programs.compiled)
+            if not tried:
+                failing.wait(state)  # what fails here is the train step
+            with off_mesh(state), failing.explained(state, self._saved):
                 held, fired = fires.fire(
                     programs, held, hook.name, key, step, arrays, reshape, commit=commit, donate=donate
                 )
+                if not tried:  # a program that has just been compiled: that it runs is worth to wait for
+                    failing.wait(held)
+            self._tried[programs] = len(programs.compiled)
             state = original(held)
             seconds = time.perf_counter() - start
             triggers = self._watching.triggers(hook.name)

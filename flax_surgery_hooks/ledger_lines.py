@@ -22,7 +22,7 @@ def read(path: pathlib.Path, events: Collection[str]) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # bytes that are no text, or a name with a zero byte
         raise LedgerError(
             f"The ledger cannot be read: {shorten(error)}",
             path=str(path),
@@ -72,7 +72,7 @@ def fields_of(line: str, events: Collection[str]) -> dict[str, Any]:
     for name, value in told.items():
         try:
             fields[name] = _READERS[name](value)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise _wrong(f"A record's field {name!r} is not what is written there.", json.dumps(value)) from error
     return fields
 

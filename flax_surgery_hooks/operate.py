@@ -17,9 +17,9 @@ import numpy as np
 from flax_surgery_hooks import checks, donation, optimizer_edits, rules
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
 from flax_surgery_hooks.committing import commit
-from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError
+from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError, quoted
 from flax_surgery_hooks.ledger import Record
-from flax_surgery_hooks.mirrors import Mirrors, checked, original, view
+from flax_surgery_hooks.mirrors import Mirrors, checked, checked_fields, original, view
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
 from flax_surgery_hooks.placement import off_mesh
@@ -180,7 +180,7 @@ def make_operation(
     if edit.edits_state and opt_state is not None:
         raise RuleError(
             f"The surgery {edit.name} says itself what becomes of the optimizer state.",
-            found=f"opt_state={opt_state!r}",
+            found=f"opt_state={quoted(opt_state)}",
             write="no opt_state=",
         )
     return Operation(
@@ -191,7 +191,7 @@ def make_operation(
         rules.check_choice(guard, rules.GUARDS, "guard"),
         figures,
         histograms,
-        tuple(fields),
+        checked_fields(fields),
     )
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flax_surgery_hooks.errors import HookError
+from flax_surgery_hooks.errors import HookError, StepError, quoted, shorten
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.paths import close_matches, listed
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.structure import Reshape
 from flax_surgery_hooks.surgery import describe, path_hash
+
+MOST_PASSED = 100_000
+"""Due steps that one call stands for: a record lists them."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,21 @@ class Hook:
         return {f"surgery/{self.name}/{name}": _simple(value) for name, value in fields.items()}
 
     def planned_steps(self, after: int, upto: int) -> tuple[int, ...]:
-        """The due steps in (after, upto] that are known in advance."""
+        """The due steps in (after, upto] that are known in advance.
+
+        Raises:
+          StepError: they are too many to be recorded.
+        """
         planned = self.when.planned
-        return () if planned is None else tuple(planned.due_steps(after, upto))
+        steps = () if planned is None else tuple(itertools.islice(planned.due_steps(after, upto), MOST_PASSED + 1))
+        if len(steps) > MOST_PASSED:
+            raise StepError(
+                f"The call jumps over more than {MOST_PASSED} due steps.",
+                hook=self.name,
+                found=f"step {upto} after {after}",
+                write="the value of state.step, train steps applied so far, and no other counter",
+            )
+        return steps
 
     def next_planned(self, step: int) -> int | None:
         """The first of these after `step`, or None."""
@@ -88,12 +104,12 @@ def check_known(hooks: Collection[str], name: str) -> None:
     Raises:
       HookError: there is none.
     """
-    if name not in hooks:
+    if not isinstance(name, str) or name not in hooks:
         raise HookError(
             "There is no hook of this name.",
-            hook=str(name),
+            hook=shorten(name),
             found=f"hooks {listed(hooks) or 'none'}",
-            write=listed(close_matches(str(name), hooks)) or None,
+            write=listed(close_matches(shorten(name), hooks)) or None,
         )
 
 
@@ -104,14 +120,16 @@ def check_name(hooks: Iterable[str], name: Any) -> None:
       HookError: it is malformed, or taken.
     """
     if not isinstance(name, str) or not name or not name.replace("_", "a").replace("-", "a").isalnum():
-        raise HookError("A hook's name is made of letters, digits, '_' and '-'.", found=repr(name), write='"head_norm"')
+        raise HookError(
+            "A hook's name is made of letters, digits, '_' and '-'.", found=quoted(name), write='"head_norm"'
+        )
     for other in hooks:
         if other == name or path_hash(other) == path_hash(name):
             raise HookError(
                 "The name is taken."
                 if other == name
                 else "The name has the same hash as another, and so the same keys.",
-                found=repr(other),
+                found=quoted(other),
                 write="another name, or hooks.remove() first",
             )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ class Report:
 class Resumable(TracedHooks):
     """The part of `SurgeryHooks` that saves what hooks know, and goes on from it."""
 
-    __slots__ = ("_accepted", "_counts", "_known", "_last", "_past", "_resumed", "_watching")
+    __slots__ = ("_accepted", "_counts", "_known", "_last", "_past", "_resumed", "_saved", "_watching")
 
     _accepted: frozenset[str]
     _counts: dict[tuple[str, int], int]
@@ -85,6 +85,7 @@ class Resumable(TracedHooks):
     _last: int
     _past: dict[str, Any]
     _resumed: int | None
+    _saved: Any
     _watching: Watching
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
@@ -160,6 +161,10 @@ class Resumable(TracedHooks):
             for change in (change for change in changes if change.hook not in allow_changes):
                 logging.warning("This run goes on with other hooks: %s.", change)
         return Report(step, tuple(changes))
+
+    def note_checkpoints(self, manager: Any) -> None:
+        """Says where the run is saved, so that an error can name the checkpoint to go back to."""
+        self._saved = manager
 
     def check_state_dict(self, saved: Mapping[str, Any], allow_changes: Collection[str] = ()) -> Report:
         """What `load_state_dict` would return or raise, but for what concerns the ledger's file; changes nothing."""
@@ -251,9 +256,22 @@ def _checked(saved: Any) -> tuple[int | None, tuple[Record, ...]]:
         raise _no_state_dict(f"step {shorten(step, 40)}")
     kinds = {"hooks": Mapping, "watching": Mapping, "settling": Mapping, "records": list}
     wrong = [name for name, kind in kinds.items() if not isinstance(saved[name], kind)]
-    if wrong or not all(isinstance(hook, Mapping) for hook in saved["hooks"].values()):
-        raise _no_state_dict(f"{listed(wrong or ['hooks'])} of another type")
+    wrong = wrong or [name for name, is_whole in _INSIDE.items() if not is_whole(saved[name])]
+    if wrong:
+        raise _no_state_dict(f"{listed(wrong)} of another type")
     return step, tuple(Record.from_json(json.dumps(record)) for record in saved["records"])
+
+
+def _are_mappings(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
+
+
+_INSIDE: dict[str, Callable[[Any], bool]] = {
+    "hooks": lambda told: _are_mappings(told.values()),
+    "watching": lambda told: all(isinstance(held, list) and _are_mappings(held) for held in told.values()),
+    "settling": lambda told: type(told.get("next_id")) is int,
+}
+"""Whether what is saved under these keys is what it has to be."""
 
 
 def _no_state_dict(found: str) -> ResumeError:

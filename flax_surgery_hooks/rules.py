@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flax_surgery_hooks.errors import RuleError
+from flax_surgery_hooks.errors import RuleError, quoted, shorten
 from flax_surgery_hooks.paths import close_matches
 
 KINDS = ("param", "param_diff", "grad", "grad_sq", "grad_abs", "update", "invariant", "none")
@@ -107,8 +107,8 @@ def _checked_rule(rule: Any) -> str | SlotFunction:
 def _check_name(name: Any, known: tuple[str, ...], what: str) -> None:
     if isinstance(name, str) and name in known:
         return
-    likely = close_matches(str(name), known)
-    raise RuleError(f"Unknown {what}.", found=repr(name), write=f"one of {', '.join(likely or known)}")
+    likely = close_matches(shorten(name), known)
+    raise RuleError(f"Unknown {what}.", found=quoted(name), write=f"one of {', '.join(likely or known)}")
 
 
 def _rule_name(rule: str | SlotFunction) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from flax_surgery_hooks._encodings import finite_elements
-from flax_surgery_hooks.errors import RefusedError
+from flax_surgery_hooks.errors import HookError, RefusedError
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.paths import listed
@@ -24,6 +24,9 @@ MOST_ROWS = 200
 """How many leaves the table shows that a writer gets; `Record.table` shows them all."""
 FAR = 2**30 - 1
 """The largest int that CPython compares at its fastest; a wake beyond it is looked at again there."""
+
+WRITES = ("write_hparams", "write_scalars", "write_texts", "write_histograms", "flush")
+"""What is called of a writer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,13 @@ class Settler:
     """
 
     def __init__(self, ledger: Ledger, writer: MetricWriter | None, on_error: str, after: int):
+        missing = [name for name in WRITES if not callable(getattr(writer, name, None))]
+        if writer is not None and missing:
+            raise HookError(
+                "writer= is no CLU metric writer.",
+                found=f"{type(writer).__name__} without {listed(missing)}",
+                write="writer=fsh.metrics.create_default_writer(workdir)",
+            )
         self._ledger = ledger
         self._given = writer
         self._on_error = on_error
@@ -86,13 +96,14 @@ class Settler:
         if (writer := self._writer) is not None and hparams:
             writer.write_hparams(hparams)
 
-    def fired(self, one: Fired) -> None:
-        """Writes the "fired" record and keeps the figures for later."""
-        record = replace(one.record, event="fired", id=self._count)
-        self._count += 1
-        self._ledger.write(record)
-        # Histograms are elements, kept on the device until they are written: nobody but a writer wants them.
-        self._waiting.append(replace(one, record=record, histograms=one.histograms if self._writer else None))
+    def fired(self, *fired: Fired) -> None:
+        """Writes the "fired" records, all or none, and keeps the figures for later."""
+        records = [replace(one.record, event="fired", id=self._count + i) for i, one in enumerate(fired)]
+        self._ledger.write(*records)
+        self._count += len(records)
+        for one, record in zip(fired, records, strict=True):
+            # Histograms are elements, kept on the device until they are written: nobody but a writer wants them.
+            self._waiting.append(replace(one, record=record, histograms=one.histograms if self._writer else None))
 
     def to_json(self) -> dict[str, Any]:
         """What it knows beside the records, once it is flushed."""
@@ -114,9 +125,11 @@ class Settler:
         Raises:
           RefusedError: the guard kept a result out, and `on_error` is "raise". All records are written before.
         """
-        ripe = [one for one in self._waiting if _step(one) + self._after <= step]
-        self._waiting = [one for one in self._waiting if _step(one) + self._after > step]
-        refused = [record for record in map(self._settled, ripe) if record.event == "refused"]
+        refused = []
+        for one in [one for one in self._waiting if _step(one) + self._after <= step]:
+            record = self._settled(one)
+            self._waiting.remove(one)  # only now: a record that cannot be written waits for the next time
+            refused += [record] if record.event == "refused" else []
         if refused and self._on_error == "raise":
             first = refused[0]
             raise RefusedError(

@@ -7,8 +7,25 @@ from typing import Any
 import jax
 
 from flax_surgery_hooks import checks
-from flax_surgery_hooks.errors import StateError, StepError
+from flax_surgery_hooks.errors import StateError, StepError, quoted, shorten
 from flax_surgery_hooks.train_state import check_one_replica
+
+LONGEST = 2**256
+"""No counter comes near, and its digits can still be printed."""
+
+
+def check_fire_step(step: int) -> None:
+    """Raises unless a surgery can be told this step, as an int32 scalar.
+
+    Raises:
+      StepError: it cannot.
+    """
+    if step >= 2**31:
+        raise StepError(
+            "A surgery is told its step as an int32, and this one is larger.",
+            found=str(step),
+            write="hooks whose last due step is below 2**31, such as fsh.every(n, stop=2**31 - 1)",
+        )
 
 
 def check_first_step(step: int, state: Any) -> None:
@@ -36,12 +53,12 @@ def checked_step(step: Any) -> int:
     Raises:
       StepError: it is not.
     """
-    if type(step) is int and step >= 0:
+    if type(step) is int and 0 <= step < LONGEST:
         return step
     traced = isinstance(step, jax.core.Tracer)
     raise StepError(
         "`step` is a Python int of at least 0: what `state.step` holds.",
-        found="a traced value (the call is inside jit)" if traced else f"{step!r} ({type(step).__name__})",
+        found="a traced value (the call is inside jit)" if traced else f"{quoted(step, 80)} ({type(step).__name__})",
         write="a call outside of the jitted step" if traced else "a counter of your own: step += 1; hooks(step, state)",
     )
 
@@ -50,15 +67,26 @@ def check_concrete(state: Any) -> None:
     """Raises unless every leaf of the state has a value now.
 
     Raises:
-      StateError: a leaf is traced or abstract.
+      StateError: a leaf is traced, abstract or deleted.
     """
     if checks.concrete(state):
+        _check_there(state)
         return
     raise StateError(
         "Hooks edit a state that has values; this one is traced (the call is inside jit) or abstract.",
         found=type(state).__name__,
         write="a call outside of the jitted step, or fsh.operate, which works on both",
     )
+
+
+def _check_there(state: Any) -> None:
+    gone = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array) and leaf.is_deleted()]
+    if gone:
+        raise StateError(
+            "Arrays of the state are deleted: a compiled function that took it has reused their memory.",
+            found=f"{len(gone)} such arrays, the first {shorten(gone[0])}",
+            write="state = train_step(state, ...), and the hooks on what it returned",
+        )
 
 
 def step_of(state: Any) -> int:

@@ -14,7 +14,7 @@ import jax
 from flax_surgery_hooks import checks, fires, in_graph, memory
 from flax_surgery_hooks.agreement import Agreement
 from flax_surgery_hooks.collecting import Collector
-from flax_surgery_hooks.errors import HookError
+from flax_surgery_hooks.errors import HookError, quoted
 from flax_surgery_hooks.hook_set import HookSet
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.mirrors import Mirrors
@@ -61,7 +61,7 @@ class TracedHooks(HookSet):
           HookError: `fires` is no such number.
         """
         if isinstance(fires, bool) or not isinstance(fires, int) or fires < 0:
-            raise HookError("init(fires=...) is a number of fires.", found=repr(fires), write="hooks.init(state)")
+            raise HookError("init(fires=...) is a number of fires.", found=quoted(fires), write="hooks.init(state)")
         if checks.concrete(state):
             self._agree("hooks.init", state)
         with off_mesh(state):
@@ -262,8 +262,7 @@ class TracedHooks(HookSet):
         return [hook for hook in self._ordered() if in_graph.why_on_host(hook) is None]
 
     def _gather(self, fired: list[Fired]) -> None:
-        for one in fired:
-            self._settler.fired(one)
+        self._settler.fired(*fired)
 
     def _begin(self, step: int) -> None:
         """Called at the first step that the host sees."""

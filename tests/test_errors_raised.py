@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import fuzz_cases
 import jax
 import jax.numpy as jnp
 import memory_cases
@@ -29,11 +30,11 @@ from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Rei
 
 ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapters", "agreement", "checkpoint", "cli",
              "config", "config_export", "config_fields", "config_hook", "config_reading", "config_registry",
-             "config_writing", "count_schedules", "derived_schedules", "errors", "fingerprint", "freezable", "globs",
-             "in_graph", "layer_index", "layer_slots", "ledger_files", "ledger_lines", "metric_schedules", "mirrors",
-             "optimizer", "optimizer_edits", "optimizer_state", "paths", "placement", "processes", "resuming",
-             "rewarm", "schedules", "selection", "slot_edits", "slot_gain", "switching", "targets", "traced_hooks",
-             "trainers", "watched_schedules", "watched_values", "watching", "writers")  # fmt: skip
+             "config_writing", "count_schedules", "derived_schedules", "errors", "failing", "fingerprint",
+             "freezable", "globs", "in_graph", "layer_index", "layer_slots", "ledger_files", "ledger_lines",
+             "metric_schedules", "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "placement",
+             "processes", "resuming", "rewarm", "schedules", "selection", "slot_edits", "slot_gain", "switching",
+             "targets", "traced_hooks", "trainers", "watched_schedules", "watched_values", "watching", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))
@@ -189,6 +190,7 @@ CASES = {
     "raising_later": Case(raising_later, e.UserCodeError, ("raised ValueError: no luck",), A | W | {"step": 3}),
     **memory_cases.CASES,
     **path_cases.CASES,
+    **{f"found_{name}": case for name, case in fuzz_cases.CASES.items()},
     "no_dict": Case(on_plain(of_leaves(lambda leaves: None)), FUNCTION,
                     ("with the paths it was given: w", "Found: NoneType"), W),
     "no_return": Case(on_plain(lambda w: None), FUNCTION, ("must return an array", "is a `return` missing?"), W),
