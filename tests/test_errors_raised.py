@@ -34,7 +34,8 @@ ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapte
              "freezable", "globs", "in_graph", "layer_index", "layer_slots", "ledger_files", "ledger_lines",
              "metric_schedules", "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "placement",
              "processes", "resuming", "rewarm", "schedules", "selection", "slot_edits", "slot_gain", "switching",
-             "targets", "traced_hooks", "trainers", "watched_schedules", "watched_values", "watching", "writers")  # fmt: skip
+             "targets", "traced_hooks", "trainers", "watched_schedules", "watched_values", "watching",
+             "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))
