@@ -23,7 +23,7 @@ from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.placement import beside, known_sharding, replicated
 
-STATE, HOOKS = "state", "surgery"
+STATE, HOOKS, KEPT = "state", "surgery", "surgery_kept"
 """Names of the items of a checkpoint; a trainer's own have others."""
 
 Names = tuple[str, ...]
@@ -45,7 +45,7 @@ def save(
     are read first, which waits for the device.
 
     Args:
-      manager: made without `item_names=`, or with "state" and "surgery" among them.
+      manager: made without `item_names=`, or with "state", "surgery" and "surgery_kept" among them.
       step: what `state.step` holds.
       state: the train state.
       hooks: those of the loop.
@@ -60,7 +60,7 @@ def save(
       StepError: the hooks were last called at another step.
       CheckpointError: it cannot be written, or `items` has names that are taken.
     """
-    taken = {STATE, HOOKS} & set(items or ())
+    taken = {STATE, HOOKS, KEPT} & set(items or ())
     if taken:
         raise CheckpointError(
             "The names of these items are taken.", found=listed(sorted(taken)), write="other names in items="
@@ -72,7 +72,9 @@ def save(
         hooks.collect(state)
     saved, tree = hooks.state_dict(step), _tree(state)
     told = [[list(names), list(leaf.shape), str(leaf.dtype)] for names, leaf in _by_names(tree).items()]
+    kept = {KEPT: ocp.args.StandardSave(arrays)} if (arrays := hooks.kept_arrays) else {}
     args = ocp.args.Composite(
+        **kept,
         **{STATE: ocp.args.StandardSave(tree), HOOKS: ocp.args.JsonSave({"hooks": saved, "arrays": told})},
         **(items or {}),
     )
@@ -139,7 +141,9 @@ def restore(
         room = _room(target)
         target = _as_stored(target, stored, hooks)
         state = _arrays(manager, at, target)
-    hooks.load_state_dict(saved, allow_changes)
+        kept = hooks.abstract_kept(saved, target)
+        kept = _read(manager, at, KEPT, kept) if kept else {}
+    hooks.load_state_dict(saved, allow_changes, kept)
     hooks.note_checkpoints(manager)
     _warn_of_later(manager, at)
     return hooks.init(state, fires=_room(state) or room)
@@ -267,12 +271,16 @@ def _other_state(problem: str, **fields: Any) -> CheckpointError:
 
 def _arrays(manager: ocp.CheckpointManager, step: int, target: Any) -> Any:
     """The state with its arrays, each read straight to where it belongs."""
-    tree = _placed(abstract(_tree(target)))
+    arrays = _read(manager, step, STATE, abstract(_tree(target)))
+    return arrays if _is_tree(target) else target.replace(**arrays).write_back()
+
+
+def _read(manager: ocp.CheckpointManager, step: int, item: str, tree: Any) -> Any:
+    """The arrays of one item of a checkpoint."""
     try:
-        arrays = manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(tree)}))[STATE]
+        return manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(_placed(tree))}))[item]
     except Exception as error:
         raise _damaged(manager, step, error, "Its arrays cannot be read") from error
-    return arrays if _is_tree(target) else target.replace(**arrays).write_back()
 
 
 def _placed(tree: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flax_surgery_hooks.config_fields import MISMATCH, Field, fields_of, is_mapping, is_surgery_config
-from flax_surgery_hooks.config_hook import HookFields, HookSpec, check_choices, check_selection
+from flax_surgery_hooks.config_hook import HookFields, HookSpec, check_choices, check_selection, rollback
 from flax_surgery_hooks.config_reading import (
     Report,
     check_keys,
@@ -149,6 +149,7 @@ def _spec(name: Any, config: Any, objects: _Objects, report: Report) -> HookSpec
     check_choices(settings, report)
     check_selection(settings, report)
     when = schedule(settings, report)
+    settings["rollback"] = rollback(settings, report)
     made = _instance(cls, values, objects, report)
     if when is None or made is None or not settings["enabled"]:
         return None

@@ -18,7 +18,7 @@ from flax_surgery_hooks.errors import LedgerError, SurgeryError, UserCodeError, 
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.watched_schedules import Trigger
 
-EVENTS = ("run", "fired", "settled", "refused", "passed", "preview")
+EVENTS = ("run", "fired", "settled", "refused", "rolled_back", "undone", "passed", "preview")
 
 
 def _static(default: Any) -> Any:
@@ -31,8 +31,8 @@ class Record:
 
     Attributes:
       event: "run" (a session of hooks begins), "fired" (host facts, written at once), "settled" (its figures, once
-        they are there) or "refused" (the guard kept the old values), "passed" (due steps that lie before the first
-        call), "preview".
+        they are there) or "refused" (the guard kept the old values), "rolled_back" and "undone" (the old values were
+        put back by a metric or by `hooks.undo`), "passed" (due steps that lie before the first call), "preview".
       step: what `state.step` held.
       hook: name of the hook.
       id: number of the fire in this session; joins a "fired" record with what becomes of it.
@@ -142,7 +142,7 @@ class Ledger:
 
     Args:
       path: file to append to; its directory is made. None keeps the records in memory only.
-      on_record: called with each record after it is written, on every process.
+      on_record: called with each record as it is written, on every process.
 
     >>> ledger = Ledger()
     >>> ledger.write(Record(event="fired", step=10, hook="halve"))
@@ -192,17 +192,18 @@ class Ledger:
 
         Raises:
           LedgerError: the file cannot be written; the ledger is as it was.
-          UserCodeError: `on_record` raised; the records are written.
+          UserCodeError: `on_record` raised; likewise.
         """
         now = time.time()
         timed = [one if one.time else one.replace(time=now) for one in records]  # type: ignore[attr-defined]
         # A file that somebody has deleted is written anew, as it would not be a ledger without its beginning.
         gone = self.path is not None and self.records and is_first() and not self.path.exists()
-        self._append("".join(f"{one.to_json()}\n" for one in ([*self.records, *timed] if gone else timed)))
-        self.records += timed
+        text = "".join(f"{one.to_json()}\n" for one in ([*self.records, *timed] if gone else timed))
         if self._on_record is not None:
             for one in timed:
                 self._tell(self._on_record, one)
+        self._append(text)
+        self.records += timed
 
     @staticmethod
     def _tell(on_record: Callable[[Record], None], record: Record) -> None:
@@ -215,7 +216,7 @@ class Ledger:
                 f"on_record raised {type(error).__name__}: {shorten(error)}",
                 hook=record.hook or None,
                 step=record.step,
-                write="an on_record= that does not raise; the record is written",
+                write="an on_record= that does not raise; what this call would have done is not done",
             ) from error
 
     def _append(self, text: str) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flax_surgery_hooks import guards
 from flax_surgery_hooks.errors import HookError, StepError, quoted, shorten
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.paths import close_matches, listed
+from flax_surgery_hooks.rollback import Rollback
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.structure import Reshape
 from flax_surgery_hooks.surgery import describe, path_hash
@@ -30,6 +32,8 @@ class Hook:
       priority: hooks due at one step fire from the highest to the lowest.
       order: number of its registration, which decides between equal priorities.
       reshape: what it brings for the shapes after it.
+      rollback: what it keeps of the state before its fires, or None.
+      on_error: what becomes of its refused fires, or None for what holds for all hooks.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Hook:
     priority: int
     order: int
     reshape: Reshape
+    rollback: Rollback | None = None
+    on_error: str | None = None
 
     def hparams(self) -> dict[str, Any]:
         """What the hook is: "surgery/<hook>/<field>" -> number, string or None."""
@@ -51,7 +57,9 @@ class Hook:
             "when": repr(self.when),
             "opt_state": operation.rules.describe(),
             "fresh": operation.fresh,
-            "guard": operation.guard,
+            "guard": guards.told(operation.guard),
+            **({} if self.rollback is None else {"rollback": repr(self.rollback)}),
+            **({} if self.on_error is None else {"on_error": self.on_error}),
             "priority": self.priority,
         }
         return {f"surgery/{self.name}/{name}": _simple(value) for name, value in fields.items()}

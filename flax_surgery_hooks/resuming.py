@@ -21,7 +21,7 @@ from flax_surgery_hooks.errors import HookError, ResumeError, StepError, shorten
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.processes import is_first
-from flax_surgery_hooks.traced_hooks import TracedHooks
+from flax_surgery_hooks.undoing import UndoingHooks
 from flax_surgery_hooks.watching import Watching
 
 FORMAT = 1
@@ -74,7 +74,7 @@ class Report:
         return "\n".join([f"goes on after step {self.step}", *map(str, self.changes)])
 
 
-class Resumable(TracedHooks):
+class Resumable(UndoingHooks):
     """The part of `SurgeryHooks` that saves what hooks know, and goes on from it."""
 
     __slots__ = ("_accepted", "_counts", "_known", "_last", "_past", "_resumed", "_saved", "_watching")
@@ -122,10 +122,26 @@ class Resumable(TracedHooks):
             "hooks": {**self._past, **{hook.name: fingerprint.of_hook(hook) for hook in self._ordered()}},
             "watching": self._watching.to_json(),
             "settling": self._settler.to_json(),
+            "kept": self._keeper.to_json(),
             "records": [json.loads(record.to_json()) for record in self.ledger.records],
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any], allow_changes: Collection[str] = ()) -> Report:
+    @property
+    def kept_arrays(self) -> dict[str, Any]:
+        """Old values that a rollback or `undo` may put back, to be saved beside `state_dict()`; empty without any."""
+        return self._keeper.arrays()
+
+    def abstract_kept(self, saved: Mapping[str, Any], state: Any) -> dict[str, Any]:
+        """What `kept_arrays` was when `state_dict` returned this, abstractly, for a state like the one saved with it.
+
+        Raises:
+          StateError: the state has other leaves.
+        """
+        return self._keeper.abstract(saved["kept"], state, self.mirrors)
+
+    def load_state_dict(
+        self, saved: Mapping[str, Any], allow_changes: Collection[str] = (), kept: Mapping[str, Any] | None = None
+    ) -> Report:
         """Goes on from `state_dict()`, once all hooks are added and before anything is called.
 
         The file of the ledger is cut to the saved records; what it has beyond them is kept in a file beside it.
@@ -134,6 +150,7 @@ class Resumable(TracedHooks):
           saved: what `state_dict` returned, possibly through JSON.
           allow_changes: names of hooks that may differ from the saved ones without a warning or an error. The state
             stays what their recorded fires have made of it.
+          kept: what `kept_arrays` was. None lets go of it, with a warning: fires of before cannot be undone then.
 
         Returns:
           How the hooks differ from the saved ones. Those that concern the future alone are logged as warnings.
@@ -148,6 +165,9 @@ class Resumable(TracedHooks):
         self.ledger.resume(records)
         self._watching.from_json(saved["watching"])
         self._settler.from_json(saved["settling"])
+        self._keeper.restored([] if kept is None else saved["kept"], kept or {})
+        if kept is None and saved["kept"] and is_first():
+            logging.warning("Old values of %d fires were not given back: these cannot be undone.", len(saved["kept"]))
         self._counts = {}
         for record in records:
             if record.event == "fired" and record.step is not None:
@@ -245,7 +265,7 @@ def _checked(saved: Any) -> tuple[int | None, tuple[Record, ...]]:
     Raises:
       ResumeError: it is nothing that `state_dict` has returned.
     """
-    keys = ("format", "step", "seed", "python", "hooks", "watching", "settling", "records")
+    keys = ("format", "step", "seed", "python", "hooks", "watching", "settling", "kept", "records")
     missing = [key for key in keys if not isinstance(saved, Mapping) or key not in saved]
     if missing:
         raise _no_state_dict(f"without {listed(missing)}" if isinstance(saved, Mapping) else type(saved).__name__)

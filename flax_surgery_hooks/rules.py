@@ -24,7 +24,7 @@ FRESH = ("mean", "init")
 """What second moments of elements without history start from: the mean of the survivors, or the value of `tx.init`."""
 
 GUARDS = ("finite", "off")
-"""`finite`: a fire that would bring in non-finite values is not applied."""
+"""`finite`: a fire that would bring in non-finite values is not applied. `guards` has the others."""
 
 SlotFunction = Callable[..., Any]
 OptStateRule = str | SlotFunction | Mapping[str, "str | SlotFunction"] | None

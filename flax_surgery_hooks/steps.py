@@ -8,6 +8,7 @@ import jax
 
 from flax_surgery_hooks import checks
 from flax_surgery_hooks.errors import StateError, StepError, quoted, shorten
+from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.train_state import check_one_replica
 
 LONGEST = 2**256
@@ -61,6 +62,31 @@ def checked_step(step: Any) -> int:
         found="a traced value (the call is inside jit)" if traced else f"{quoted(step, 80)} ({type(step).__name__})",
         write="a call outside of the jitted step" if traced else "a counter of your own: step += 1; hooks(step, state)",
     )
+
+
+def passed_steps(hook: str, due: tuple[int, ...], step: int, last: int, *, strict: bool) -> tuple[int, ...]:
+    """Those of the due steps that a call jumps over.
+
+    Args:
+      hook: name of the hook.
+      due: the steps since the last call, this one included.
+      step: of the call.
+      last: of the last call.
+      strict: whether there must be none.
+
+    Raises:
+      StepError: there are some, and must not be.
+    """
+    passed = tuple(at for at in due if at != step)
+    if passed and strict:
+        raise StepError(
+            "The call jumps over steps at which the hook is due.",
+            hook=hook,
+            step=step,
+            found=f"due at {listed(map(str, passed))}, last call at {last}",
+            write="a call at every step, a schedule that meets the calls, or strict_steps=False",
+        )
+    return passed
 
 
 def check_concrete(state: Any) -> None:

@@ -100,6 +100,8 @@ class TracedHooks(HookSet):
         state = memory.observe(state, self._named(), self.seed, inputs)
         state, about = fire_due(state, graphable, self.seed, inputs, self.mirrors, self._collector.lying)
         self._collector.traced |= about
+        for name in about:
+            self._settler.forget(name)
         self._wake = -1  # a call before the trace may have thought that these hooks are the host's
         return written(state)
 

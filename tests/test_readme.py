@@ -129,6 +129,6 @@ def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
         if target.startswith("#"):
             headings = re.findall(r"^## (.+)$", TEXT, re.MULTILINE)
-            assert target[1:] in [heading.lower().replace(" ", "-") for heading in headings]
+            assert target[1:] in [heading.lower().replace(",", "").replace(" ", "-") for heading in headings]
         else:
             assert (ROOT / target).is_file(), target
