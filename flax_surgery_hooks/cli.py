@@ -157,12 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     ledger = _command(commands, "ledger", "what fired, from the ledger of a run")
     ledger.add_argument("path", help=f"a ledger, or a work directory with {LEDGER}")
     plan = _command(commands, "plan", "what would fire, on which leaves, with which shapes")
-    plan.add_argument("--num_steps", type=_step, help="train steps of the run; by default config.num_steps")
+    plan.add_argument("--num_steps", type=int, help="train steps of the run; by default config.num_steps")
     applied = _command(commands, "apply", "fire one hook on a checkpoint, and save the result as another")
     applied.add_argument("checkpoint", help="the directory of the run's checkpoints")
     applied.add_argument("--hook", required=True, help="the hook to fire")
     applied.add_argument("--out", required=True, help="directory of the new checkpoint")
-    applied.add_argument("--step", type=_step, help="which checkpoint; by default the last")
+    applied.add_argument("--step", type=int, help="which checkpoint; by default the last")
     for command in (ledger, plan):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     for command in (plan, applied):
@@ -177,10 +177,3 @@ def _parser() -> argparse.ArgumentParser:
 def _command(commands: Any, name: str, told: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
     return parser
-
-
-def _step(text: str) -> int:
-    step = int(text.replace("_", ""))
-    if step < 0:
-        raise ValueError
-    return step

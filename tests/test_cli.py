@@ -157,6 +157,7 @@ class TestPlan:
         assert said(capsys, "plan", f"--trainer={FILE}:abstract", TRAINER[1]) == expected
 
     def test_what_hooks_would_raise(self, capsys):
+        assert "StepError: `step` is a Python int of at least 0" in refused(capsys, "plan", *TRAINER, "--num_steps=-1")
         told = refused(capsys, "plan", *TRAINER, "--config.surgery.noise.params=**/kernal")
         assert told.startswith("SelectionError: hook 'noise', step 5: The pattern '**/kernal' matches none")
 
@@ -236,7 +237,7 @@ class TestTrainers:
             "ConfigError: 1 problem in the config:\n- surgery.halve: Scale: Scale(factor=...) must be"
         )
 
-    @pytest.mark.parametrize("arguments", [(), ("plan",), ("plan", *TRAINER, "--num_steps=-1"), ("destroy",)])
+    @pytest.mark.parametrize("arguments", [(), ("plan",), ("plan", *TRAINER, "--num_steps=many"), ("destroy",)])
     def test_what_the_parser_refuses(self, arguments, capsys):
         with pytest.raises(SystemExit) as raised:
             cli.main(arguments)
