@@ -115,7 +115,7 @@ class StructureError(SurgeryError):
 
 
 class RefusedError(SurgeryError):
-    """A fire whose result was not finite, raised when `on_error="raise"`; the state kept its old values."""
+    """A fire that its guard kept out, raised when `on_error="raise"`; the state kept its old values."""
 
 
 class ConfigError(SurgeryError):

@@ -97,7 +97,8 @@ def _memory(leaf: Any) -> tuple[Any, ...]:
 
     Arrays on their way come of a compiled program, which gives each its own memory: only the very object is shared.
     """
-    if not isinstance(leaf, jax.Array) or leaf.is_deleted() or not leaf.is_ready():
+    there = isinstance(leaf, jax.Array) and not leaf.is_deleted()
+    if not there or not leaf.is_ready():  # type: ignore[attr-defined]  # the stub of JAX does not know it
         return (id(leaf),)
     return (id(leaf), ("buffer", buffer_of(leaf)))
 
