@@ -98,7 +98,7 @@ def _memory(leaf: Any) -> tuple[Any, ...]:
     Arrays on their way come of a compiled program, which gives each its own memory: only the very object is shared.
     """
     there = isinstance(leaf, jax.Array) and not leaf.is_deleted()
-    if not there or not leaf.is_ready():  # type: ignore[attr-defined]  # the stub of JAX does not know it
+    if not there or not leaf.is_ready():
         return (id(leaf),)
     return (id(leaf), ("buffer", buffer_of(leaf)))
 
