@@ -92,7 +92,7 @@ def leaves_of_state(state: Any) -> list[Any]:
 
 
 def buffer_of(leaf: Any) -> Any:
-    """What two arrays have in common if they share their memory; waits for nothing."""
+    """What two arrays have in common if they share their memory; on CPU it waits for an array that is not there yet."""
     if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.is_deleted():
         return id(leaf)  # one that was donated has nothing to share any more
     return leaf.addressable_shards[0].data.unsafe_buffer_pointer() if leaf.addressable_shards else id(leaf)

@@ -119,7 +119,7 @@ class FireError(SurgeryError):
 
 
 class RefusedError(SurgeryError):
-    """A fire whose result was not finite, raised when `on_error="raise"`; the state kept its old values."""
+    """A fire that its guard kept out, raised when `on_error="raise"`; the state kept its old values."""
 
 
 class ConfigError(SurgeryError):

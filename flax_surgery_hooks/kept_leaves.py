@@ -88,8 +88,19 @@ def kept_of(before: Site, after: Any, *, host: bool) -> list[Any]:
     if host:
         return list(map(hosted, leaves))
     # The next train step may take the memory of all that the new state holds.
-    shared = set(map(buffer_of, leaves_of_state(after)))
-    return [_own(leaf, buffer_of(leaf) in shared) for leaf in leaves]
+    shared = {key for leaf in leaves_of_state(after) for key in _memory(leaf)}
+    return [_own(leaf, not shared.isdisjoint(_memory(leaf))) for leaf in leaves]
+
+
+def _memory(leaf: Any) -> tuple[Any, ...]:
+    """What arrays that share their memory have in common; waits for nothing.
+
+    Arrays on their way come of a compiled program, which gives each its own memory: only the very object is shared.
+    """
+    there = isinstance(leaf, jax.Array) and not leaf.is_deleted()
+    if not there or not leaf.is_ready():
+        return (id(leaf),)
+    return (id(leaf), ("buffer", buffer_of(leaf)))
 
 
 def _own(leaf: Any, is_shared: bool) -> Any:

@@ -78,8 +78,9 @@ class TracedHooks(HookSet):
 
         They do the same to the state as fires on the host, with the same keys. Their figures wait in the state until
         `collect`, or a call of the hooks, reads them. From the first trace on a call leaves these hooks alone, and does
-        what stays on the host: hooks that bring `apply_fn=` or the like, that switch the optimizer, keep histograms, or
-        whose schedule only the host can decide.
+        what stays on the host: hooks that bring `apply_fn=` or the like, that switch the optimizer, keep histograms or
+        old values for a rollback, or whose schedule only the host can decide. Refused fires in graph are recorded, and
+        never repeated, whatever `on_error` says; nor is `on_fire` called.
 
         Args:
           state: the train state after the optimizer's update, traced or not.

@@ -71,7 +71,14 @@ def when_left(step):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"opt_state": "keep"}, {"opt_state": "reset"}, {"guard": "off", "figures": False}]
+    "options",
+    [
+        {},
+        {"opt_state": "keep"},
+        {"opt_state": {"grad": "keep", "grad_sq": "keep"}},
+        {"opt_state": "reset"},
+        {"guard": "off", "figures": False},
+    ],
 )
 @pytest.mark.parametrize("to", ["device", "host"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -459,6 +466,37 @@ def test_mirrors_are_put_back():
     changed = after.replace(ema={"w": after.ema["w"] + 1, "v": after.ema["v"] + 1})
     undone = hooks.undo(changed)
     assert (undone.ema["w"].tolist(), undone.ema["v"].tolist()) == ([0, 1, 2], [1, 2])
+
+
+def test_what_the_new_state_still_holds_is_copied():
+    """Slots that a fire leaves alone, and copies of the parameters that share their memory: a train step takes both."""
+    w = jnp.arange(4.0)
+    alias = jax.device_put(w, w.sharding)
+    state = make_state(1, w=w).replace(opt_state={"start": {"w": alias}})
+    assert alias is not w
+    site = kept_leaves.site_of(make_hooks(halve)._hooks["a"].operation, make_state(1, w=w), "a")
+    [kept] = kept_leaves.kept_of(site, state.replace(params={"w": w / 2}), host=False)
+    assert kept.unsafe_buffer_pointer() != w.unsafe_buffer_pointer()
+    [same] = kept_leaves.kept_of(site, make_state(1, w=w / 2), host=False)
+    assert same is w
+
+
+def test_a_fire_waits_for_nothing():
+    """The train step takes long; the host is through with the fire before it."""
+
+    @jax.jit
+    def slow(state):
+        w = jax.lax.fori_loop(0, 400, lambda i, w: jnp.sin(w @ w * 1e-3), state.params["w"])
+        return state.replace(params={"w": w})
+
+    hooks = make_hooks(halve, fsh.every(1), options={"rollback": fsh.Rollback(2)})
+    state = make_state(jnp.int32(0), ADAM, w=jnp.ones((300, 300)))
+    for step in (1, 2, 3):
+        state = slow(state)
+        was_ready = state.params["w"].is_ready()
+        state = hooks(step, state.replace(step=step))
+    assert not was_ready
+    assert not state.params["w"].is_ready()
 
 
 def test_a_leaf_of_numpy_is_kept_as_it_was():
