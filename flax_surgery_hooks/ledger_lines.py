@@ -59,7 +59,7 @@ def fields_of(line: str, events: Collection[str]) -> dict[str, Any]:
     """
     try:
         told = json.loads(line, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise _wrong("A line of the ledger is no JSON.", line) from error
     if not isinstance(told, dict):
         raise _wrong("A line of the ledger is no record.", line)
@@ -82,7 +82,7 @@ def _wrong(problem: str, found: Any) -> LedgerError:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise TypeError
 
 
 def _text(value: Any) -> str:
@@ -102,7 +102,7 @@ def _real(value: Any) -> float:
         raise TypeError
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError
+        raise TypeError
     return number
 
 
