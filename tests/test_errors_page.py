@@ -108,7 +108,8 @@ def test_every_class_is_of_some_kind(docs):
     of_kinds = {cls.__name__ for cls in itertools.chain.from_iterable(KINDS.values())}
     others = {entry.error for entry in docs.entries} - of_kinds
     assert others == {
-        "UserCodeError", "LedgerError", "AgreementError", "CheckpointError", "ResumeError", "CommandError", "UsageError"
+        "UserCodeError", "LedgerError", "AgreementError", "CheckpointError", "ResumeError", "CommandError",
+        "UsageError", "FireError",
     }  # fmt: skip
 
 
