@@ -14,7 +14,7 @@ from absl import logging
 
 from flax_surgery_hooks import guards
 from flax_surgery_hooks._encodings import finite_elements
-from flax_surgery_hooks.errors import HookError, RefusedError, StateError, shorten
+from flax_surgery_hooks.errors import HookError, RefusedError, StateError, quoted, shorten
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.paths import listed
@@ -84,8 +84,8 @@ def check_on_error(value: Any) -> None:
     Raises:
       HookError: there is no such way.
     """
-    if value not in ON_ERROR:
-        raise HookError("Unknown on_error=.", found=repr(value), write=f"one of {', '.join(ON_ERROR)}")
+    if not isinstance(value, str) or value not in ON_ERROR:
+        raise HookError("Unknown on_error=.", found=quoted(value), write=f"one of {', '.join(ON_ERROR)}")
 
 
 def told(fired: Fired, verdict: Any, figures: bool, guard: Any) -> Fired:
