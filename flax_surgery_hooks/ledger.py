@@ -18,6 +18,9 @@ from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.watched_schedules import Trigger
 
 EVENTS = ("run", "fired", "settled", "refused", "passed", "preview")
+HOST_FACTS = ("seconds", "time", "donated")
+"""Fields of a `Record` that tell of the machine and the day. All others, of all records but "run" (which say when and
+with which versions a process began), are the same in a run that was cut off and went on as in one that was not."""
 
 
 def _static(default: Any) -> Any:
