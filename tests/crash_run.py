@@ -20,7 +20,7 @@ from crash_harness import AIMED, Kill, Run, killed, uncut
 from crash_verdict import differences
 from tqdm import tqdm
 
-SHARES = {"mlp": 0.7, "mlp x 2": 0.08, "digits": 0.1, "lm": 0.06, "lm x 2": 0.06}
+SHARES = {"mlp": 0.76, "mlp x 2": 0.08, "digits": 0.08, "lm": 0.04, "lm x 2": 0.04}
 """Which part of the kills each run takes; "x 2" is of two processes."""
 KILLS_OF_A_RUN = {"mlp": 12}
 ROW = "{:10}" + " {:>8}" * (len(AIMED) + 3)

@@ -77,18 +77,23 @@ def momentum() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.02, momentum=0.9))
 
 
-def add_hooks(hooks: fsh.SurgeryHooks, on: Leaves, init: Callable[[Any], Any], apply_fn: Any) -> tuple[Any, ...]:
-    """Value, re-init, memory, other shapes, other optimizer, and one that a metric triggers; the steps of the first."""
+def add_hooks(
+    hooks: fsh.SurgeryHooks, on: Leaves, init: Callable[[Any], Any], apply_fn: Any, **quick: Any
+) -> tuple[Any, ...]:
+    """Value, re-init, memory, other shapes, other optimizer, and one that a metric triggers; the steps of the first.
+
+    `quick` is for those that need no figures for the sake of these runs.
+    """
     when = {"noise": fsh.every(3), "reinit": fsh.at(4, 11), "pull": fsh.at(5, 9, 15), "grow": fsh.at(7)}
     when["switch"] = fsh.at(13)
     double = Double(on.grow["in"], on.grow["out"], on.grow.get("bias"))
     hooks.add("noise", fsh.surgeries.Noise(0.01), params=on.noise, when=when["noise"])
-    hooks.add("reinit", fsh.surgeries.Reinit(init), params=on.reinit, when=when["reinit"])
-    hooks.add("pull", Average(), params=on.memory, when=when["pull"])
+    hooks.add("reinit", fsh.surgeries.Reinit(init), params=on.reinit, when=when["reinit"], **quick)
+    hooks.add("pull", Average(), params=on.memory, when=when["pull"], **quick)
     hooks.add("grow", double, params=list(on.grow.values()), when=when["grow"], opt_state="carry", apply_fn=apply_fn)
     hooks.add("switch", fsh.surgeries.SwitchOptimizer(momentum()), params="**", when=when["switch"])
     above = fsh.on_metric("loss", above=0.0, cooldown=4, lag=2)
-    hooks.add("calm", fsh.surgeries.Scale(0.9), params=on.calm, when=above)
+    hooks.add("calm", fsh.surgeries.Scale(0.9), params=on.calm, when=above, **quick)
     return tuple(when.values())
 
 
@@ -121,7 +126,7 @@ def mlp(hooks: fsh.SurgeryHooks, seed: int) -> Training:
     def loss(apply_fn, params, batch):
         return jnp.mean((apply_fn({"params": params}, batch) - jnp.tanh(batch.sum(1, keepdims=True))) ** 2)
 
-    planned = add_hooks(hooks, on, init, Mlp(16).apply)
+    planned = add_hooks(hooks, on, init, Mlp(16).apply, guard="off", figures=False)
     return Training(jax.jit(create), functools.partial(step_of, hooks, loss), batch, 20, planned)
 
 

@@ -65,8 +65,13 @@ def _metrics(ours: pathlib.Path, uncut: pathlib.Path) -> list[str]:
     found, wanted = _last_values(ours / "metrics"), _last_values(uncut / "metrics")
     told = [f"metric {key} is {found.get(key)}, not {wanted.get(key)}" for key in sorted(found.keys() | wanted.keys())
             if found.get(key) != wanted.get(key)]  # fmt: skip
-    hparams = [event_files.read_session_starts(path / "metrics")[-1] for path in (ours, uncut)]
-    return told + ([] if hparams[0] == hparams[1] else ["the hyperparameters differ"])
+    return told + ([] if _hparams(ours) == _hparams(uncut) else ["the hyperparameters differ"])
+
+
+def _hparams(workdir: pathlib.Path) -> bytes:
+    _, last = event_files.read_session_starts(workdir / "metrics")[-1]
+    last.ClearField("start_time_secs")
+    return last.SerializeToString(deterministic=True)
 
 
 def _last_values(logdir: pathlib.Path) -> dict[tuple[str, int], bytes]:
