@@ -51,6 +51,13 @@ class Run(NamedTuple):
     wrong: str | None = None
 
 
+class Aim(NamedTuple):
+    """Where a kill is to land: in a phase, at its n-th occurrence or, by default, at one drawn at random."""
+
+    phase: str
+    nth: int | None = None
+
+
 class Kill(NamedTuple):
     """A kill.
 
@@ -160,7 +167,7 @@ def uncut(run: Run) -> None:
 
 
 def killed(
-    run: Run, aims: Iterable[str], rng: np.random.Generator, on_kill: Callable[[Kill], object] = lambda kill: None
+    run: Run, aims: Iterable[Aim], rng: np.random.Generator, on_kill: Callable[[Kill], object] = lambda kill: None
 ) -> list[Kill]:
     """Runs to the end with a kill for each aim, or fewer where the end comes first.
 
@@ -184,14 +191,14 @@ def killed(
         following.end()
 
 
-def _killed(session: Session, aim: str, rng: np.random.Generator) -> Kill | None:
+def _killed(session: Session, given: Aim, rng: np.random.Generator) -> Kill | None:
     """Kills a session within a phase; None if it came to its end."""
-    marks = session.go()
+    marks, aim = session.go(), given.phase
     rank = int(rng.integers(len(marks)))
     if aim == "ledger":
         rank = 0  # which alone writes it
     process, mark = session.processes[rank], marks[rank]
-    wanted = int(rng.integers(1, _LATEST[aim] + 1))
+    wanted = given.nth or int(rng.integers(1, _LATEST[aim] + 1))
     end = time.monotonic() + LIMIT_SECS
     while time.monotonic() < end:
         if session.check():
@@ -205,7 +212,8 @@ def _killed(session: Session, aim: str, rng: np.random.Generator) -> Kill | None
             if aim in inside:
                 process.kill()
                 process.wait()
-                time.sleep(rng.uniform(0, 0.3) if len(marks) > 1 else 0)  # until a launcher sees it, and ends the others
+                if len(marks) > 1:
+                    time.sleep(rng.uniform(0, 0.3))  # until a launcher sees it, and ends the others
                 return Kill(aim, inside, mark.step, rank)
             os.kill(process.pid, signal.SIGCONT)
             wanted = mark.count(aim) + 1

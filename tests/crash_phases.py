@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 
 PHASES = ("restore", "step", "fire", "save", "ledger")
-"""Of a process: reading its checkpoint, a train step, a call of the hooks at which some are due, a save from the call to
-its commit in the background, and a record on its way into the ledger's file."""
+"""Of a process: reading its checkpoint, a train step, a call of the hooks at which some are due, a save from the call
+to its commit in the background, and a record on its way into the ledger's file."""
 
 _COUNT, _INSIDE, _MICROS = range(3)
 _AT = 3 * len(PHASES)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from crash_harness import AIMED, Kill, Run, killed, uncut
+from crash_harness import AIMED, Aim, Kill, Run, killed, uncut
 from crash_verdict import differences
 from tqdm import tqdm
 
@@ -54,7 +54,7 @@ def _many(name: str, workdir: pathlib.Path, wanted: int, seed: int, kills: list[
     started = time.monotonic()
     uncut(plain)
     tqdm.write(f"{name}: {time.monotonic() - started:.0f} s without a kill")
-    aims, bad = itertools.cycle(AIMED), 0
+    aims, bad = itertools.cycle(map(Aim, AIMED)), 0
     for number in itertools.count():
         if len(kills) >= wanted:
             return bad
@@ -66,7 +66,7 @@ def _many(name: str, workdir: pathlib.Path, wanted: int, seed: int, kills: list[
             kills.append(kill)
             bar.update()
             inside = ", ".join(sorted(kill.inside))
-            tqdm.write(f"{name}: killed in {kill.aim} at step {kill.step} ({inside})")  # noqa: B023
+            tqdm.write(f"{name}: killed in {kill.aim} at step {kill.step} ({inside})")
 
         killed(run, itertools.islice(aims, many), rng, note)
         told = differences(run.workdir, plain.workdir)
@@ -92,7 +92,7 @@ def table(kills: dict[str, list[Kill]]) -> str:
         return ROW.format(name, *landed, sum(landed), len(of), early)
 
     head = ROW.format("run", *AIMED, "landed", "kills", "step 1")
-    return "\n".join([head, *(row(name, of) for name, of in kills.items()), row("all", sum(kills.values(), []))])
+    return "\n".join([head, *(row(name, of) for name, of in kills.items()), row("all", [*itertools.chain(*kills.values())])])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from resumed import Average
 
 import flax_surgery_hooks as fsh
@@ -55,7 +56,7 @@ class Leaves(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Double:
-    """Pads with copies of all hidden units, which share what these put out, and a little noise that tells them apart."""
+    """Pads with copies of all hidden units, which share what these put out, and some noise that tells them apart."""
 
     into: str
     out: str
@@ -97,7 +98,7 @@ def add_hooks(
     return tuple(when.values())
 
 
-# A perceptron, for most of the kills
+# A perceptron, for most of the kills; matrices lie in rows over the devices of all processes
 
 
 class Mlp(nn.Module):
@@ -120,14 +121,21 @@ def mlp(hooks: fsh.SurgeryHooks, seed: int) -> Training:
         state = fsh.TrainState.create(apply_fn=Mlp(8).apply, params=init(jax.random.key(seed)), tx=tx)
         return hooks.init(state.replace(step=jnp.zeros((), jnp.int32)), fires=0)
 
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+
+    def rows(leaf):
+        return NamedSharding(mesh, PartitionSpec(*["data"] * (leaf.ndim == 2)))
+
     def batch(step):
-        return np.asarray(np.random.default_rng((seed, step)).normal(size=(8, 4)), np.float32)
+        whole = np.asarray(np.random.default_rng((seed, step)).normal(size=(8, 4)), np.float32)
+        return jax.make_array_from_callback(whole.shape, rows(whole), whole.__getitem__)
 
     def loss(apply_fn, params, batch):
         return jnp.mean((apply_fn({"params": params}, batch) - jnp.tanh(batch.sum(1, keepdims=True))) ** 2)
 
-    planned = add_hooks(hooks, on, init, Mlp(16).apply, guard="off", figures=False)
-    return Training(jax.jit(create), functools.partial(step_of, hooks, loss), batch, 20, planned)
+    planned = add_hooks(hooks, on, init, Mlp(16).apply, guard="off", figures=False, opt_state="keep")
+    made = jax.jit(create, out_shardings=jax.tree.map(rows, jax.eval_shape(create)))
+    return Training(made, functools.partial(step_of, hooks, loss), batch, 20, planned)
 
 
 GROWING = {"in": "Dense_0/kernel", "bias": "Dense_0/bias", "out": "Dense_1/kernel"}

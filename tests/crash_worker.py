@@ -101,13 +101,13 @@ class Worker:
     def restored(self, manager: ocp.CheckpointManager) -> Any:
         """The state to go on from; or one of the mistakes that the verdict has to find."""
         hooks = self.hooks
-        if self.wrong == "uncut":  # the file of the ledger stays as it was when the process died
+        if self.wrong == "untrimmed":  # the file of the ledger stays as it was when the process died
             hooks.ledger.path = None
         if self.wrong == "forgetful":  # the hooks do not hear of the past
             hooks = fsh.SurgeryHooks(seed=hooks.seed)
             self.training = TRAININGS["mlp"](hooks, hooks.seed)
         state = fsh.checkpoint.restore(manager, self.training.initial, hooks)
-        if self.wrong == "uncut":
+        if self.wrong == "untrimmed":
             hooks.ledger.path = SlowPath(self.workdir / "ledger.jsonl")
         if self.rank == 0:
             tails = len(list(self.workdir.glob("ledger.jsonl.tail-*")))
@@ -142,7 +142,8 @@ class Worker:
 def write(path: pathlib.Path, state: Any) -> None:
     """Parameters, optimizer state and memory as this process holds them, by path and place; whole or not at all."""
     shards = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path((state.step, state.params, state.opt_state, state.surgery))[0]:
+    held = (state.step, state.params, state.opt_state, state.surgery)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(held)[0]:
         for shard in leaf.addressable_shards:
             place = [part.indices(size)[:2] for part, size in zip(shard.index, leaf.shape, strict=True)]
             shards[f"{jax.tree_util.keystr(keys)}|{place}|{shard.replica_id}"] = np.asarray(shard.data)
@@ -152,8 +153,7 @@ def write(path: pathlib.Path, state: Any) -> None:
 
 def connect(given: argparse.Namespace, port: str) -> None:
     """Sets JAX up: its devices, its cache and the other processes."""
-    devices = 8 if given.kind == "lm" else 1
-    jax.config.update("jax_num_cpu_devices", devices // given.num_processes)
+    jax.config.update("jax_num_cpu_devices", 8 // given.num_processes if given.kind == "lm" else 1)
     if given.cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(given.cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--cache", type=pathlib.Path, default=None)
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--process_id", type=int, default=0)
-    parser.add_argument("--wrong", choices=("uncut", "forgetful"), default=None)
+    parser.add_argument("--wrong", choices=("untrimmed", "forgetful"), default=None)
     given = parser.parse_args()
     port = sys.stdin.readline().strip()  # all is imported; the process before this one may still be running
     connect(given, port)
