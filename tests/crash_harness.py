@@ -40,7 +40,7 @@ class Run(NamedTuple):
       cache: where compiled programs are kept.
       seed: of the model, its data and its hooks.
       processes: how many train together.
-      wrong: a mistake that a worker makes, see `Worker.restored`.
+      wrong: "forgetful" for a worker that makes a mistake, see `Worker.restored`.
     """
 
     kind: str
@@ -151,6 +151,8 @@ class Session:
         for process in self.processes:
             process.kill()
             process.wait()
+            if process.stdin is not None and not process.stdin.closed:
+                process.stdin.close()
 
     def __enter__(self) -> Session:
         return self

@@ -92,7 +92,8 @@ def table(kills: dict[str, list[Kill]]) -> str:
         return ROW.format(name, *landed, sum(landed), len(of), early)
 
     head = ROW.format("run", *AIMED, "landed", "kills", "step 1")
-    return "\n".join([head, *(row(name, of) for name, of in kills.items()), row("all", [*itertools.chain(*kills.values())])])
+    rows_of = [row(name, of) for name, of in kills.items()]
+    return "\n".join([head, *rows_of, row("all", [*itertools.chain(*kills.values())])])
 
 
 if __name__ == "__main__":

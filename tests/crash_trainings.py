@@ -23,7 +23,8 @@ from resumed import Average
 import flax_surgery_hooks as fsh
 
 ROOT = pathlib.Path(__file__).parents[1]
-GROWN = ("in", "bias", "out")
+QUICK = {"guard": "off", "figures": False, "opt_state": "keep"}
+"""For hooks whose figures these runs can do without, as others have theirs."""
 
 
 class Training(NamedTuple):
@@ -45,7 +46,7 @@ class Training(NamedTuple):
 
 
 class Leaves(NamedTuple):
-    """Which leaves of a model get which surgery; those that grow by their part in it, see `GROWN`."""
+    """Which leaves of a model get which surgery; those that grow are "in", "out" and perhaps "bias"."""
 
     noise: str
     reinit: str
@@ -133,7 +134,7 @@ def mlp(hooks: fsh.SurgeryHooks, seed: int) -> Training:
     def loss(apply_fn, params, batch):
         return jnp.mean((apply_fn({"params": params}, batch) - jnp.tanh(batch.sum(1, keepdims=True))) ** 2)
 
-    planned = add_hooks(hooks, on, init, Mlp(16).apply, guard="off", figures=False, opt_state="keep")
+    planned = add_hooks(hooks, on, init, Mlp(16).apply, **QUICK)
     made = jax.jit(create, out_shardings=jax.tree.map(rows, jax.eval_shape(create)))
     return Training(made, functools.partial(step_of, hooks, loss), batch, 20, planned)
 
@@ -178,7 +179,7 @@ def digits(hooks: fsh.SurgeryHooks, seed: int) -> Training:
         skipped, at = step - at - 1, step
         return next(itertools.islice(data, skipped, None))
 
-    planned = add_hooks(hooks, on, example.init_params, example.CNN(hidden=512).apply)
+    planned = add_hooks(hooks, on, example.init_params, example.CNN(hidden=512).apply, **QUICK)
     return Training(jax.jit(create), functools.partial(step_of, hooks, loss), batch, 18, planned)
 
 

@@ -64,7 +64,7 @@ class Worker:
     """One process of a run."""
 
     def __init__(self, given: argparse.Namespace):
-        self.workdir, self.wrong = given.workdir, given.wrong
+        self.workdir, self.forgetful = given.workdir, given.wrong == "forgetful"
         self.rank = given.process_id
         self.phases = SlowPath.phases = Phases.begin(self.workdir / f"phases-{self.rank}")
         is_first = self.rank == 0
@@ -99,16 +99,12 @@ class Worker:
         return state
 
     def restored(self, manager: ocp.CheckpointManager) -> Any:
-        """The state to go on from; or one of the mistakes that the verdict has to find."""
-        hooks = self.hooks
-        if self.wrong == "untrimmed":  # the file of the ledger stays as it was when the process died
-            hooks.ledger.path = None
-        if self.wrong == "forgetful":  # the hooks do not hear of the past
+        """The state to go on from."""
+        hooks, training = self.hooks, self.training
+        if self.forgetful:  # a mistake that the verdict has to find: these hooks do not hear of the past
             hooks = fsh.SurgeryHooks(seed=hooks.seed)
-            self.training = TRAININGS["mlp"](hooks, hooks.seed)
-        state = fsh.checkpoint.restore(manager, self.training.initial, hooks)
-        if self.wrong == "untrimmed":
-            hooks.ledger.path = SlowPath(self.workdir / "ledger.jsonl")
+            training = TRAININGS["mlp"](hooks, hooks.seed)
+        state = fsh.checkpoint.restore(manager, training.initial, hooks)
         if self.rank == 0:
             tails = len(list(self.workdir.glob("ledger.jsonl.tail-*")))
             with (self.workdir / "restored.jsonl").open("a") as file:
@@ -171,9 +167,11 @@ def main() -> None:
     parser.add_argument("--cache", type=pathlib.Path, default=None)
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--process_id", type=int, default=0)
-    parser.add_argument("--wrong", choices=("untrimmed", "forgetful"), default=None)
+    parser.add_argument("--wrong", choices=("forgetful",), default=None)
     given = parser.parse_args()
     port = sys.stdin.readline().strip()  # all is imported; the process before this one may still be running
+    if not port:
+        return  # whoever started this one is gone
     connect(given, port)
     worker = Worker(given)
     write(given.workdir / f"final-{given.process_id}.npz", worker.run())
