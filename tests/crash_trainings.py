@@ -25,6 +25,8 @@ import flax_surgery_hooks as fsh
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = {"guard": "off", "figures": False, "opt_state": "keep"}
 """For hooks whose figures these runs can do without, as others have theirs."""
+ROWS = 32_768
+"""Of a batch of the perceptron: a step takes some milliseconds, so that kills find it."""
 
 
 class Training(NamedTuple):
@@ -128,7 +130,7 @@ def mlp(hooks: fsh.SurgeryHooks, seed: int) -> Training:
         return NamedSharding(mesh, PartitionSpec(*["data"] * (leaf.ndim == 2)))
 
     def batch(step):
-        whole = np.asarray(np.random.default_rng((seed, step)).normal(size=(8, 4)), np.float32)
+        whole = np.asarray(np.random.default_rng((seed, step)).normal(size=(ROWS, 4)), np.float32)
         return jax.make_array_from_callback(whole.shape, rows(whole), whole.__getitem__)
 
     def loss(apply_fn, params, batch):

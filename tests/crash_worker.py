@@ -25,7 +25,7 @@ from crash_trainings import TRAININGS, Training
 import flax_surgery_hooks as fsh
 
 SAVE_EVERY = 3
-PAUSE_SECS = 0.004
+PAUSE_SECS = 0.01
 
 
 class SlowPath(type(pathlib.Path())):
