@@ -73,6 +73,8 @@ def batches(split: Split, batch_size: int, seed: int) -> Iterator[Split]:
 class CNN(nn.Module):
     """The network of Flax's guide; its layers are Conv_0, Conv_1, Dense_0 and Dense_1."""
 
+    hidden: int = 256
+
     @nn.compact
     def __call__(self, x):
         """Logits [n, 10] of images [n, 8, 8, 1]."""
@@ -81,7 +83,7 @@ class CNN(nn.Module):
         x = nn.relu(nn.Conv(64, (3, 3))(x))
         x = nn.avg_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(256)(x))
+        x = nn.relu(nn.Dense(self.hidden)(x))
         return nn.Dense(10)(x)
 
 

@@ -19,6 +19,9 @@ from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.watched_schedules import Trigger
 
 EVENTS = ("run", "fired", "settled", "refused", "rolled_back", "undone", "passed", "preview")
+HOST_FACTS = ("seconds", "time", "donated")
+"""Fields of a `Record` that tell of the machine and the day. All others, of all records but "run" (which say when and
+with which versions a process began), are the same in a run that was cut off and went on as in one that was not."""
 
 
 def _static(default: Any) -> Any:
@@ -173,10 +176,9 @@ class Ledger:
         Raises:
           LedgerError: the file is of another run, or cannot be written; nothing has changed then.
         """
-        if self.path is not None:
-            lines = [record.to_json() for record in records]
-            path = self.path
-            processes.by_first("ledger", lambda: str(ledger_files.cut(path, lines)))
+        path, lines = self.path, [record.to_json() for record in records]
+        # All processes come here, also those that were given no path: only the first one's counts.
+        processes.by_first("ledger", lambda: "" if path is None else str(ledger_files.cut(path, lines)))
         self.records = list(records)
 
     def trouble(self) -> str | None:

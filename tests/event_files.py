@@ -21,7 +21,10 @@ Series = dict[str, list[tuple[int, Any]]]
 
 
 def read_events(logdir: Logdir) -> list[Event]:
-    """All events of the event files in a directory (not in those below it), file by file."""
+    """All events of the event files in a directory (not in those below it), file by file.
+
+    A file may end within a record, where its process was killed.
+    """
     paths = sorted(path for path in pathlib.Path(logdir).iterdir() if "tfevents" in path.name)
     return [Event.FromString(record) for path in paths for record in _records(path.read_bytes())]
 
@@ -132,9 +135,11 @@ def decode_wav(data: bytes) -> tuple[int, np.ndarray]:
 
 def _records(data: bytes) -> Iterator[bytes]:
     position = 0
-    while position < len(data):
+    while position + 12 <= len(data):
         length, checksum = struct.unpack_from("<QI", data, position)
         _check(data[position : position + 8], checksum)
+        if position + 16 + length > len(data):
+            return
         record = data[position + 12 : position + 12 + length]
         _check(record, *struct.unpack_from("<I", data, position + 12 + length))
         yield record
