@@ -114,14 +114,14 @@ class Curve:
 def make_hooks(
     config: ml_collections.ConfigDict, partitioning: Partitioning, writer: Any, ledger: pathlib.Path | None
 ) -> fsh.SurgeryHooks:
-    """The hooks of the config; without a ledger, as in all processes but the first, they tell nothing."""
+    """The hooks of the config; of several processes the first one shows what fires."""
     return fsh.SurgeryHooks.from_config(
         config.surgery,
         seed=config.seed,
         objects=hook_objects(config, partitioning),
         writer=writer,
         ledger=ledger,
-        on_record=None if ledger is None else show,
+        on_record=show if jax.process_index() == 0 else None,
     )
 
 
