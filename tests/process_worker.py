@@ -356,6 +356,39 @@ def put_back(out, port, rank, count):
     }
 
 
+def grow_and_save(out, port, rank, count):
+    """A state that has grown, saved by one process with eight devices."""
+    import resumed
+
+    connect(port, rank, count)
+    hooks = resumed.make_hooks(leave_out=("switch",))
+    state = resumed.run(hooks, resumed.initial(hooks, resumed.mesh_of("auto"))(), 8, placed="auto")
+    with resumed.open_manager(out / "checkpoints") as manager:
+        fsh.checkpoint.save(manager, 8, state, hooks)
+    save(out / f"{rank}.npz", {"params": state.params, "opt_state": state.opt_state, "surgery": state.surgery})
+    return {"records": len(hooks.ledger.records)}
+
+
+def go_on(out, port, rank, count):
+    """The same state, restored by others; first with a ledger's file of another run, then with none."""
+    import resumed
+
+    connect(port, rank, count)
+    told = {}
+    with resumed.open_manager(pathlib.Path(os.environ["SOURCE"]) / "checkpoints") as manager:
+        for ledger in ("foreign.jsonl", "ledger.jsonl"):
+            hooks = resumed.make_hooks(out / ledger, leave_out=("switch",), agree_secs=60)
+            if rank == 0 and ledger == "foreign.jsonl":
+                (out / ledger).write_text('{"event": "fired", "hook": "other"}\n')
+            try:
+                init = resumed.initial(hooks, resumed.mesh_of("auto"))
+                state = fsh.checkpoint.restore(manager, init, hooks)
+            except fsh.SurgeryError as error:
+                told = {"error": type(error).__name__, "says": str(error)}
+    save(out / f"{rank}.npz", {"params": state.params, "opt_state": state.opt_state, "surgery": state.surgery})
+    return {**told, "records": len(hooks.ledger.records)}
+
+
 def make_plain_step():
     def step(state):
         return state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params))
@@ -364,6 +397,8 @@ def make_plain_step():
 
 
 SCENARIOS = {
+    "go_on": go_on,
+    "grow_and_save": grow_and_save,
     "put_back": put_back,
     "train": train,
     "slow": lambda *where: train(*where, slow_secs=5.0),

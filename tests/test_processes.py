@@ -37,22 +37,23 @@ class Run(NamedTuple):
     out: pathlib.Path
 
 
-def started(scenario, out, port, rank, count):
+def started(scenario, out, port, rank, count, source=""):
     paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(paths)}
     environment["PYTHONHASHSEED"] = str(rank + 1)  # nothing may depend on it
+    environment["SOURCE"] = str(source)
     command = [sys.executable, str(HERE / "process_worker.py"), scenario, out, port, rank, count]
     return subprocess.Popen(
         list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def once(scenario, out, count):
+def once(scenario, out, count, source):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     start = time.monotonic()
-    runs = [started(scenario, out, port, rank, count) for rank in range(count)]
+    runs = [started(scenario, out, port, rank, count, source) for rank in range(count)]
     try:
         done = [run.communicate(timeout=LIMIT_SECS) for run in runs]
     finally:
@@ -68,9 +69,9 @@ def ran(tmp_path_factory):
     """A scenario with so many processes; each runs once."""
 
     @functools.cache
-    def run(scenario, count=2):
+    def run(scenario, count=2, source=""):
         for attempt in range(3):
-            result = once(scenario, tmp_path_factory.mktemp(f"{scenario}{attempt}"), count)
+            result = once(scenario, tmp_path_factory.mktemp(f"{scenario}{attempt}"), count, source)
             if not any("address already in use" in errors.lower() for errors in result.errors):
                 break  # else another program took the port between our look and JAX's
         return result
@@ -247,6 +248,26 @@ def test_one_that_dies_between_two_fires_does_not_leave_the_other_waiting(ran):
     assert (run.codes[1], run.told[0]) == (3, None)
     assert run.codes[0] != 0  # by the error of the collective, or by JAX, which misses the heartbeat
     assert run.secs < 60
+
+
+# A checkpoint of one process, restored by two.
+
+
+def test_a_grown_state_goes_from_one_process_to_two(ran):
+    one = finished(ran("grow_and_save", 1))
+    two = finished(ran("go_on", 2, one.out))
+    ours, reference = leaves(two), leaves(one)
+    assert ours.keys() == reference.keys()
+    for path, shards in reference.items():
+        assert shards.keys() == ours[path].keys()
+        for index, value in shards.items():
+            np.testing.assert_array_equal(ours[path][index], value, err_msg=path)
+    assert [told["records"] for told in two.told] == [one.told[0]["records"]] * 2
+    assert (two.out / "ledger.jsonl").exists()
+    first, second = two.told
+    assert (first["error"], second["error"]) == ("LedgerError", "AgreementError")
+    assert "another run" in first["says"]
+    assert "Process 0 could not do what all wait for. Found: path" in second["says"]
 
 
 # What is compared, in one process.
