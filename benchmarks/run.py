@@ -153,6 +153,19 @@ def later_fires(count: int, pairs: int) -> Ratio:
     return ratio(fired, direct(hooks, state), pairs)
 
 
+def plan(count: int) -> float:
+    """Planning 100,000 steps with 10,000 fires on so many abstract leaves of five shapes, whose first is probed, over
+    tracing one update of the optimizer.
+    """
+    state = jax.eval_shape(lambda: many_leaves(count))
+    hooks = fsh.SurgeryHooks()
+    hooks.add("norm", fsh.surgeries.Normalize(), params="**", when=fsh.every(10))
+    planned = seconds(lambda: hooks.plan(state, 100_000).params)
+    return planned / seconds(
+        lambda: len(jax.tree.leaves(jax.eval_shape(state.tx.update, state.params, state.opt_state)))
+    )
+
+
 ELEMENTWISE = {
     "scale": fsh.surgeries.Scale(1.0001),
     "prune": lambda w: jnp.where(jnp.abs(w) < 0.1, 0.0, w),
@@ -209,6 +222,8 @@ def rows(fast: bool) -> list[tuple[str, str, str]]:
     leaves = 10 if fast else 200
     jobs.append((f"first fire, {leaves} leaves / one program for all", lambda: f"{first_fire(leaves):.2f}", "0.33"))
     jobs.append((f"later fires, {leaves} leaves / their passes alone", lambda: later_fires(leaves, pairs), "1.5"))
+    leaves = 10 if fast else 1_000
+    jobs.append((f"plan of 100,000 steps, {leaves:,} leaves / tracing an update", lambda: f"{plan(leaves):.2f}", "10"))
     table = [(name, job(), bound) for name, job, bound in tqdm(jobs)]
     return [(name, str(figure), bound) for name, figure, bound in table if figure is not None]
 

@@ -128,7 +128,9 @@ def evaluate(state: fsh.TrainState, split: Split) -> tuple[jax.Array, jax.Array]
     return loss, hits.mean()
 
 
-def make_hooks(config: ml_collections.ConfigDict, writer: Any, ledger: pathlib.Path) -> fsh.SurgeryHooks:
+def make_hooks(
+    config: ml_collections.ConfigDict, writer: Any = None, ledger: pathlib.Path | None = None
+) -> fsh.SurgeryHooks:
     """The hooks of the config, and one written here."""
     hooks = fsh.SurgeryHooks.from_config(
         config.surgery,
@@ -144,6 +146,11 @@ def make_hooks(config: ml_collections.ConfigDict, writer: Any, ledger: pathlib.P
         return jnp.where(jnp.abs(kernel) < config.threshold, 0, kernel)
 
     return hooks
+
+
+def for_surgery(config: ml_collections.ConfigDict) -> tuple[Callable[[], fsh.TrainState], fsh.SurgeryHooks]:
+    """What the commands of flax_surgery_hooks ask a trainer for: its initial state and its hooks."""
+    return functools.partial(create_state, config), make_hooks(config)
 
 
 def show(record: fsh.Record) -> None:
@@ -193,18 +200,17 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> float:
     bar.close()
     hooks.flush()
     writer.close()
-    save(state, workdir / "checkpoints", config.num_steps)
+    save(state, hooks, workdir / "checkpoints", config.num_steps)
     settled = [record for record in hooks.ledger.records if record.event == "settled"]
     plots.draw(workdir / "digits.png", history, [(record.step or 0, record.hook) for record in settled])
     print_table(settled)
     return history.accuracies[-1]
 
 
-def save(state: fsh.TrainState, directory: pathlib.Path, step: int) -> None:
-    """An Orbax checkpoint of the arrays; the model and optimizer functions are code, not data."""
+def save(state: fsh.TrainState, hooks: fsh.SurgeryHooks, directory: pathlib.Path, step: int) -> None:
+    """An Orbax checkpoint of the state and of what the hooks know."""
     with ocp.CheckpointManager(directory) as manager:
-        arrays = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-        manager.save(step, args=ocp.args.StandardSave(arrays))
+        fsh.checkpoint.save(manager, step, state, hooks)
 
 
 def print_table(settled: list[fsh.Record]) -> None:

@@ -28,6 +28,8 @@ from flax_surgery_hooks.ledger import Ledger as Ledger
 from flax_surgery_hooks.ledger import Record as Record
 from flax_surgery_hooks.metric_schedules import on_metric as on_metric
 from flax_surgery_hooks.operate import operate as operate
+from flax_surgery_hooks.plan import Plan as Plan
+from flax_surgery_hooks.rollback import Rollback as Rollback
 from flax_surgery_hooks.schedules import Schedule as Schedule
 from flax_surgery_hooks.schedules import at as at
 from flax_surgery_hooks.schedules import every as every

@@ -27,11 +27,13 @@ from typing import Any, NamedTuple
 import jax
 
 from flax_surgery_hooks import fingerprint, processes
-from flax_surgery_hooks.errors import AgreementError, HookError, shorten
+from flax_surgery_hooks.errors import AgreementError, HookError, quoted, shorten
 from flax_surgery_hooks.registration import Hook
 
 LIMIT_SECS = 300.0
 """How long processes wait for each other: as long as `jax.distributed.initialize` does."""
+LONGEST_SECS = 2.0**31
+"""What a timeout of JAX, in milliseconds, has room for."""
 SHOWN = 2
 HOOKS, STATE, STEP = "hooks", "state", "step"
 _numbers = itertools.count()  # of comparisons in this process: the n-th of each are compared with each other
@@ -68,8 +70,8 @@ class Agreement:
     __slots__ = ("_secs", "pending")
 
     def __init__(self, secs: Any):
-        if isinstance(secs, bool) or not isinstance(secs, int | float) or not secs > 0:
-            raise HookError("agree_secs= is a time in seconds.", found=repr(secs), write="agree_secs=300")
+        if isinstance(secs, bool) or not isinstance(secs, int | float) or not 0 < secs <= LONGEST_SECS:
+            raise HookError("agree_secs= is a time in seconds.", found=quoted(secs), write="agree_secs=300")
         self._secs = float(secs)
         self.pending: set[str] = set()
         self.renew()

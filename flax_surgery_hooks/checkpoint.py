@@ -23,7 +23,7 @@ from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.placement import beside, known_sharding, replicated
 
-STATE, HOOKS = "state", "surgery"
+STATE, HOOKS, KEPT = "state", "surgery", "surgery_kept"
 """Names of the items of a checkpoint; a trainer's own have others."""
 
 Names = tuple[str, ...]
@@ -45,7 +45,7 @@ def save(
     are read first, which waits for the device.
 
     Args:
-      manager: made without `item_names=`, or with "state" and "surgery" among them.
+      manager: made without `item_names=`, or with "state", "surgery" and "surgery_kept" among them.
       step: what `state.step` holds.
       state: the train state.
       hooks: those of the loop.
@@ -60,18 +60,21 @@ def save(
       StepError: the hooks were last called at another step.
       CheckpointError: it cannot be written, or `items` has names that are taken.
     """
-    taken = {STATE, HOOKS} & set(items or ())
+    taken = {STATE, HOOKS, KEPT} & set(items or ())
     if taken:
         raise CheckpointError(
             "The names of these items are taken.", found=listed(sorted(taken)), write="other names in items="
         )
+    hooks.note_checkpoints(manager)
     if not force and not manager.should_save(step):
         return False
     if in_graph.buffers(state):
         hooks.collect(state)
     saved, tree = hooks.state_dict(step), _tree(state)
     told = [[list(names), list(leaf.shape), str(leaf.dtype)] for names, leaf in _by_names(tree).items()]
+    kept = {KEPT: ocp.args.StandardSave(arrays)} if (arrays := hooks.kept_arrays) else {}
     args = ocp.args.Composite(
+        **kept,
         **{STATE: ocp.args.StandardSave(tree), HOOKS: ocp.args.JsonSave({"hooks": saved, "arrays": told})},
         **(items or {}),
     )
@@ -138,7 +141,10 @@ def restore(
         room = _room(target)
         target = _as_stored(target, stored, hooks)
         state = _arrays(manager, at, target)
-    hooks.load_state_dict(saved, allow_changes)
+        kept = hooks.abstract_kept(saved, target)
+        kept = _read(manager, at, KEPT, kept) if kept else {}
+    hooks.load_state_dict(saved, allow_changes, kept)
+    hooks.note_checkpoints(manager)
     _warn_of_later(manager, at)
     return hooks.init(state, fires=_room(state) or room)
 
@@ -265,12 +271,16 @@ def _other_state(problem: str, **fields: Any) -> CheckpointError:
 
 def _arrays(manager: ocp.CheckpointManager, step: int, target: Any) -> Any:
     """The state with its arrays, each read straight to where it belongs."""
-    tree = _placed(abstract(_tree(target)))
+    arrays = _read(manager, step, STATE, abstract(_tree(target)))
+    return arrays if _is_tree(target) else target.replace(**arrays).write_back()
+
+
+def _read(manager: ocp.CheckpointManager, step: int, item: str, tree: Any) -> Any:
+    """The arrays of one item of a checkpoint."""
     try:
-        arrays = manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(tree)}))[STATE]
+        return manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(_placed(tree))}))[item]
     except Exception as error:
         raise _damaged(manager, step, error, "Its arrays cannot be read") from error
-    return arrays if _is_tree(target) else target.replace(**arrays).write_back()
 
 
 def _placed(tree: Any) -> Any:
@@ -299,10 +309,11 @@ def _damaged(manager: ocp.CheckpointManager, step: int, error: Exception, what: 
 def _is_whole(manager: ocp.CheckpointManager, step: int) -> bool:
     """Whether everything of a checkpoint can be read, as far as one process can tell."""
     try:
-        read = manager.restore(step, args=ocp.args.Composite(**{HOOKS: ocp.args.JsonRestore()}))[HOOKS]
+        args: dict[str, Any] = {HOOKS: ocp.args.JsonRestore()}
         if jax.process_count() == 1:
-            target = _placed(_nested(_stored(read)))
-            manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(target)}))
+            first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            args[STATE] = ocp.args.StandardRestore(fallback_sharding=first)
+        _stored(manager.restore(step, args=ocp.args.Composite(**args))[HOOKS])
     except Exception:
         return False
     return True

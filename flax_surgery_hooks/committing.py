@@ -32,6 +32,7 @@ def commit(
     tx: Any = None,
     *,
     donate: bool = False,
+    restart: bool = True,
 ) -> Any:
     """The state with new leaves and slots; all other leaves are the same objects.
 
@@ -44,6 +45,7 @@ def commit(
       ok: whether the guard let them through, a boolean scalar, or None without guard.
       tx: the optimizer for other paths, by default that of the state.
       donate: whether stacked leaves of which layers were edited give their memory to the new ones, and are gone.
+      restart: whether what belongs to no parameter is made anew where an edit demands it.
     """
     may_donate = unshared(state) if donate else never
     params = whole_leaves(parts, [unit.after for unit in plan], [new.params for new in arrays], may_donate)
@@ -59,7 +61,7 @@ def commit(
     olds = {slot.group: slot for unit in plan for slot in unit.slots if slot.offset is not None}
     for (index, group), by_path in pieces.items():
         slots[index] = _joined(parts, leaves, olds[group], by_path)
-    restarts = _restarts(operation, parts, plan, params)
+    restarts = _restarts(operation, parts, plan, params) if restart else ()
     if repaths:
         opt_state = opt_state_for(tx or parts.tx, leaves, parts.tx, parts.params, parts.opt_state, slots)
         opt_state = _restarted(opt_state, restarts, ok)

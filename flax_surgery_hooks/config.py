@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flax_surgery_hooks.config_fields import MISMATCH, Field, fields_of, is_mapping, is_surgery_config
-from flax_surgery_hooks.config_hook import HookFields, HookSpec, check_choices, check_selection
+from flax_surgery_hooks.config_hook import HookFields, HookSpec, check_choices, check_selection, rollback
 from flax_surgery_hooks.config_reading import (
     Report,
     check_keys,
@@ -28,6 +28,7 @@ from flax_surgery_hooks.config_registry import find_class
 from flax_surgery_hooks.config_registry import register_surgery as register_surgery
 from flax_surgery_hooks.config_schedule import schedule
 from flax_surgery_hooks.config_writing import written
+from flax_surgery_hooks.errors import quoted, shorten
 from flax_surgery_hooks.surgery import as_edit
 
 
@@ -48,7 +49,7 @@ def hook(surgery_name: str, /, **fields: Any) -> ConfigDict:
     >>> config.surgery.head.to, config.surgery.head.get_type("expect")
     (1.0, <class 'int'>)
     """
-    report = Report(f"hook({surgery_name!r})")
+    report = Report(f"hook({quoted(surgery_name, 80)})")
     if "surgery" in fields:
         report.at("surgery").add("the first argument already names the surgery")
     config = written({**fields, "surgery": surgery_name}, fields_of(HookFields), report)
@@ -69,7 +70,7 @@ def surgery(surgery_name: str, /, **fields: Any) -> ConfigDict:
     >>> surgery("scale", factor=2).to_dict()
     {'factor': 2.0, 'surgery': 'scale'}
     """
-    report = Report(f"surgery({surgery_name!r})")
+    report = Report(f"surgery({quoted(surgery_name, 80)})")
     if "surgery" in fields:
         report.at("surgery").add("the first argument already names the surgery")
     config = written({**fields, "surgery": surgery_name}, {"surgery": fields_of(HookFields)["surgery"]}, report)
@@ -102,7 +103,7 @@ def build(config: Any, objects: Mapping[str, Any] | None = None, *, prefix: str 
         report.add(f"must map names of hooks to their configs, found {shown(config)}")
         report.raise_if_any("the config")
     hooks = read(config, dereferenced, report)
-    specs = [_spec(name, hooks[name], given_objects, report.at(name)) for name in sorted(hooks, key=str)]
+    specs = [_spec(name, hooks[name], given_objects, report.at(name)) for name in sorted(hooks, key=shorten)]
     given_objects.report_unused(report)
     report.raise_if_any("the config")
     return [spec for spec in specs if spec is not None]
@@ -148,6 +149,7 @@ def _spec(name: Any, config: Any, objects: _Objects, report: Report) -> HookSpec
     check_choices(settings, report)
     check_selection(settings, report)
     when = schedule(settings, report)
+    settings["rollback"] = rollback(settings, report)
     made = _instance(cls, values, objects, report)
     if when is None or made is None or not settings["enabled"]:
         return None

@@ -14,8 +14,10 @@ from flax_surgery_hooks.config_hook import HookSpec
 from flax_surgery_hooks.config_reading import Report, shown
 from flax_surgery_hooks.config_registry import name_of
 from flax_surgery_hooks.count_schedules import OnCount
+from flax_surgery_hooks.guards import Bounds, told
 from flax_surgery_hooks.metric_schedules import OnMetric
 from flax_surgery_hooks.operate import make_operation
+from flax_surgery_hooks.rollback import Rollback
 from flax_surgery_hooks.rules import SlotRules, slot_rules
 from flax_surgery_hooks.schedules import AnyOf, At, Every, Schedule
 from flax_surgery_hooks.selection import Glob, Regex
@@ -66,7 +68,9 @@ def _entry(one: Any, report: Report) -> ConfigDict | None:
         "opt_state": _rules(operation.rules, operation.edit, report.at("opt_state")),
         **_times(one.when, report.at("when")),
         "fresh": operation.fresh,
-        "guard": operation.guard,
+        "guard": _guard(operation.guard, report.at("guard")),
+        **_rollback(one.rollback),
+        "on_error": one.on_error,
         "figures": operation.figures,
         "histograms": operation.histograms,
         "fields": operation.fields,
@@ -81,6 +85,18 @@ def _entry(one: Any, report: Report) -> ConfigDict | None:
     config = hook(told["surgery"], **fields, **{key: value for key, value in told.items() if key != "surgery"})
     _leave_out(config, surgery, told)
     return config
+
+
+def _guard(guard: Any, report: Report) -> str:
+    if not isinstance(guard, str | Bounds):
+        report.add('is a function, which no config can hold; write comparisons, "params/relative_change < 0.5"')
+    return told(guard)
+
+
+def _rollback(rollback: Rollback | None) -> dict[str, Any]:
+    if rollback is None:
+        return {}
+    return {f"rollback_{field.name}": getattr(rollback, field.name) for field in dataclasses.fields(rollback)}
 
 
 def _extras(one: Any) -> dict[str, Any]:
@@ -173,9 +189,10 @@ def _time(part: Schedule) -> dict[str, Any]:
 def _compare(one: Any, spec: HookSpec, report: Report) -> None:
     """Reports where the hook that comes back is another one."""
     _compare_surgeries(one.operation.edit.function, spec.surgery, report)
-    given = {key: value for key, value in vars(spec).items() if key not in ("name", "surgery", "when", "priority")}
+    of_hook = ("when", "priority", "rollback", "on_error")
+    given = {key: value for key, value in vars(spec).items() if key not in ("name", "surgery", *of_hook)}
     operation = dataclasses.replace(make_operation(spec.surgery, **given), edit=one.operation.edit)
-    for key, value in {"when": spec.when, "priority": spec.priority, "operation": operation}.items():
+    for key, value in {**{key: getattr(spec, key) for key in of_hook}, "operation": operation}.items():
         if value != getattr(one, key):
             report.at(key).add(f"would come back as {shown(value)}, is {shown(getattr(one, key))}")
 

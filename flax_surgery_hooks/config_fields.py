@@ -158,11 +158,18 @@ def _as(value: Any, hint: Any) -> Any:
     if kind is int and isinstance(value, numbers.Integral) and not is_bool:
         return int(value)
     if kind is float and isinstance(value, numbers.Real) and not is_bool:
-        return float(value)
+        return _as_float(value)
     if kind is bool and is_bool:
         return bool(value)
     fits = (kind is str and isinstance(value, str)) or (kind is types.NoneType and value is None)
     return value if fits else MISMATCH
+
+
+def _as_float(value: numbers.Real) -> Any:
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond 1.8e308
+        return MISMATCH
 
 
 def _as_tuple(value: tuple | list, hints: tuple[Any, ...]) -> Any:

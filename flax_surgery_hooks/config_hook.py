@@ -8,9 +8,12 @@ from typing import Any
 
 from flax_surgery_hooks.config_fields import MISMATCH
 from flax_surgery_hooks.config_reading import Report
-from flax_surgery_hooks.rules import FRESH, GUARDS, check_choice, slot_rules
+from flax_surgery_hooks.guards import as_guard
+from flax_surgery_hooks.rollback import Rollback
+from flax_surgery_hooks.rules import FRESH, check_choice, slot_rules
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.selection import select
+from flax_surgery_hooks.settling import check_on_error
 from flax_surgery_hooks.watched_schedules import LAG
 
 
@@ -27,11 +30,13 @@ class HookSpec:
       when: the due steps.
       opt_state: the rule of the slots, a dict of rules by kind, or None for the surgery's default.
       fresh: what second moments of fresh elements start from.
-      guard: whether a fire that brings in non-finite values is refused.
+      guard: "finite", "off", or comparisons of figures that a fire must hold.
       priority: the order among hooks due at one step.
       figures: whether changes are measured and written.
       histograms: whether histograms of the leaves before and after are.
       fields: fields of the train state that can be selected too.
+      rollback: what is kept of the state before a fire, or None.
+      on_error: what becomes of refused fires, or None for what holds for all hooks.
     """
 
     name: str
@@ -47,6 +52,8 @@ class HookSpec:
     figures: bool = True
     histograms: bool = False
     fields: tuple[str, ...] = ()
+    rollback: Rollback | None = None
+    on_error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +101,20 @@ class HookFields:
       count_lag: for `at_count` and `every_count`, how many steps after its own an array is read.
       opt_state: how optimizer slots follow: a rule, or a dict from kind of slot to rule.
       fresh: what second moments of elements without history start from, "mean" or "init".
-      guard: "finite", so that a result with new non-finite values is not applied, or "off".
+      guard: "finite", so that a result with new non-finite values is not applied; "off"; or comparisons that the
+        figures must hold besides, such as "params/relative_change < 0.5 and params/sparsity < 0.9".
       priority: hooks due at one step fire from the highest to the lowest, then in the order of their names.
       figures: whether changes are measured and written.
       histograms: whether histograms of the leaves before and after are.
       fields: fields of the train state, such as `batch_stats`, whose leaves can be selected too.
+      rollback_steps: how many steps after a fire the old values of what it touched are kept; see `fsh.Rollback`.
+      rollback_metric: the metric that puts them back when it leaves its band; needs `rollback_steps`.
+      rollback_above: upper end of the band.
+      rollback_below: lower end of the band.
+      rollback_patience: how many values in a row must lie outside.
+      rollback_lag: how many steps after its own a value is read.
+      rollback_to: where they are kept, "device" or "host".
+      on_error: what becomes of refused fires, "raise", "skip" or "retry_next", if not what `SurgeryHooks` was told.
       enabled: whether the hook is there at all; a disabled one is checked all the same.
     """
 
@@ -144,6 +160,14 @@ class HookFields:
     figures: bool = True
     histograms: bool = False
     fields: tuple[str, ...] = ()
+    rollback_steps: int | None = None
+    rollback_metric: str | None = None
+    rollback_above: float | None = None
+    rollback_below: float | None = None
+    rollback_patience: int = 1
+    rollback_lag: int = LAG
+    rollback_to: str = "device"
+    on_error: str | None = None
     enabled: bool = True
 
 
@@ -155,9 +179,27 @@ def check_choices(values: Mapping[str, Any], report: Report) -> None:
             report.at("opt_state").at(kind).attempt(slot_rules, {kind: rule}, "nothing")
     elif isinstance(rules, str):
         report.at("opt_state").attempt(slot_rules, rules, "nothing")
-    for key, choices in (("fresh", FRESH), ("guard", GUARDS)):
+    for key, choices in (("fresh", FRESH),):
         if isinstance(values.get(key), str):
             report.at(key).attempt(check_choice, values[key], choices, f"value of `{key}`")
+    if isinstance(values.get("guard"), str):
+        report.at("guard").attempt(as_guard, values["guard"], "value of `guard`")
+    if isinstance(values.get("on_error"), str):
+        report.at("on_error").attempt(check_on_error, values["on_error"])
+
+
+def rollback(settings: Mapping[str, Any], report: Report) -> Rollback | None:
+    """What the keys `rollback_...` say, None where they say nothing; what is wrong is reported."""
+    given = {field.name: settings[f"rollback_{field.name}"] for field in dataclasses.fields(Rollback)}
+    if any(value is MISMATCH for value in given.values()):
+        return None
+    if given["steps"] is None:
+        usual = HookFields("", "")
+        said = [f"rollback_{name}" for name, value in given.items() if value != getattr(usual, f"rollback_{name}")]
+        for key in said:
+            report.at(key).add(f"needs `rollback_steps` beside it, which is not set; found {settings[key]}")
+        return None
+    return report.at("rollback_steps").attempt(lambda: Rollback(**given))
 
 
 def check_selection(settings: Mapping[str, Any], report: Report) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import FieldReference
 
 from flax_surgery_hooks.config_fields import MISMATCH, Field, is_mapping
-from flax_surgery_hooks.errors import ConfigError, SurgeryError, shorten
+from flax_surgery_hooks.errors import ConfigError, SurgeryError, quoted, shorten
 from flax_surgery_hooks.paths import close_matches, listed
 
 
@@ -34,7 +34,7 @@ class Report:
 
     def at(self, key: Any) -> Report:
         """The same report, for what stands under `key`."""
-        return dataclasses.replace(self, path=f"{self.path}.{key}")
+        return dataclasses.replace(self, path=f"{self.path}.{shorten(key, 80)}")
 
     def add(self, problem: str, cause: Exception | None = None) -> None:
         """Notes that something is wrong at this path."""
@@ -106,7 +106,7 @@ def _mistyped(field: Field, value: Any) -> str:
         return field.advice
     text = f"wants {field.wanted}, found {shown(value)}"
     if field.stored is tuple and field.convert((value,)) is not MISMATCH:
-        return f"{text}; write ({value!r},)"
+        return f"{text}; write ({quoted(value, 80)},)"
     if field.stored is object and isinstance(value, bool):
         # absl takes a flag that accepts any literal for a boolean one, and the word after it for another argument.
         return f"{text}; on the command line, write '=' between the flag and its value"
@@ -128,14 +128,14 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
     >>> did_you_mean("sparsty", ["sparsity", "every"])
     " (did you mean 'sparsity'?)"
     """
-    matches = close_matches(str(name), known, count=1)
+    matches = close_matches(shorten(name), known, count=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def shown(value: Any) -> str:
     """A value and its type, for an error message; of an array only dtype and shape."""
     is_array = hasattr(value, "dtype") and hasattr(value, "shape")
-    return shorten(value) if is_array else f"{shorten(repr(value), 80)} ({type(value).__name__})"
+    return shorten(value) if is_array else f"{quoted(value, 80)} ({type(value).__name__})"
 
 
 def told(error: Exception) -> str:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from flax_surgery_hooks.config_fields import MISMATCH, fields_of
 from flax_surgery_hooks.config_hook import HookFields
 from flax_surgery_hooks.config_reading import Report, did_you_mean, told
-from flax_surgery_hooks.errors import ConfigError, shorten
+from flax_surgery_hooks.errors import ConfigError, quoted
 from flax_surgery_hooks.paths import listed
 
 SurgeryClass = TypeVar("SurgeryClass", bound=type)
@@ -46,7 +46,9 @@ def register_surgery(name: str) -> Callable[[SurgeryClass], SurgeryClass]:
     3.0
     """
     if not isinstance(name, str) or not name:
-        raise ConfigError("A surgery is registered under a name.", found=repr(name), write='@register_surgery("name")')
+        raise ConfigError(
+            "A surgery is registered under a name.", found=quoted(name), write='@register_surgery("name")'
+        )
 
     def register(cls: SurgeryClass) -> SurgeryClass:
         check_class(name, cls)
@@ -64,9 +66,7 @@ def find_class(name: Any, report: Report) -> type | None:
         return known[name]
     if name is not MISMATCH:
         what = (
-            "no surgery is named"
-            if name is None
-            else f"unknown surgery {shorten(repr(name), 80)}{did_you_mean(name, known)}"
+            "no surgery is named" if name is None else f"unknown surgery {quoted(name, 80)}{did_you_mean(name, known)}"
         )
         report.at("surgery").add(f"{what}; known are {listed(sorted(known), limit=60)}")
     return None

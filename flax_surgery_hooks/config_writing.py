@@ -40,7 +40,9 @@ def written(given: Mapping[str, Any], own: Mapping[str, Field], report: Report) 
         elif field.hints:
             is_given = given.get(key) is not None or (field.optional and key in given)
             value = values.get(key) if is_given else field.convert(field.or_default(None))
-            config[key] = _entry(field, given.get(key), value, report.at(key))
+            # What was reported is not written: a `ConfigDict` may refuse it.
+            written_as = None if value is MISMATCH and is_given else given.get(key)
+            config[key] = _entry(field, written_as, value, report.at(key))
     return config
 
 

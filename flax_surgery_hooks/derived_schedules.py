@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from flax_surgery_hooks.errors import ScheduleError, typed
-from flax_surgery_hooks.schedules import AnyOf, At, Every, Schedule, as_int, at, every, joined
+from flax_surgery_hooks.schedules import AnyOf, At, Every, Schedule, as_int, at, every, is_finite, joined
 
 # A schedule that needs more steps than these, written out, was surely not meant.
 _MAX_WRITTEN = 10_000
@@ -272,7 +272,7 @@ def _as_positive(value: Any, name: str) -> int:
 
 def _as_number(value: Any, what: str, write: str) -> Fraction:
     """`value` as the simplest fraction that it stands for: 0.1 is a tenth, though no float is."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if not is_finite(value):
         raise ScheduleError(f"{what} must be a finite number.", found=typed(value), write=write)
     if value < 0:
         raise ScheduleError(f"{what} is negative.", found=value, write=write)

@@ -79,14 +79,20 @@ def unaliased(ready: Sequence[Ready], state: Any) -> list[Ready]:
 
 def unshared(state: Any) -> Callable[[Any], bool]:
     """Whether an array, or what is no array, shares its memory with no other leaf of the state."""
+    shared = Counter(map(buffer_of, leaves_of_state(state)))
+    return lambda leaf: not isinstance(leaf, jax.Array) or shared[buffer_of(leaf)] <= 1
+
+
+def leaves_of_state(state: Any) -> list[Any]:
+    """All leaves of a train state."""
     leaves = jax.tree.leaves(state)
     if len(leaves) == 1 and leaves[0] is state:  # no pytree, only something with the fields of a train state
         leaves = jax.tree.leaves((state.params, state.opt_state, getattr(state, "surgery", None)))
-    shared = Counter(map(_buffer, leaves))
-    return lambda leaf: not isinstance(leaf, jax.Array) or shared[_buffer(leaf)] <= 1
+    return leaves
 
 
-def _buffer(leaf: Any) -> Any:
+def buffer_of(leaf: Any) -> Any:
+    """What two arrays have in common if they share their memory; on CPU it waits for an array that is not there yet."""
     if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.is_deleted():
         return id(leaf)  # one that was donated has nothing to share any more
     return leaf.addressable_shards[0].data.unsafe_buffer_pointer() if leaf.addressable_shards else id(leaf)

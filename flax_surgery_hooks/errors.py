@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -114,8 +114,12 @@ class StructureError(SurgeryError):
     """A fire that would change shapes where the train loop expects them to stay."""
 
 
+class FireError(SurgeryError):
+    """A fire that failed while it ran, out of memory or in a callback; says whether the state in hand is whole."""
+
+
 class RefusedError(SurgeryError):
-    """A fire whose result was not finite, raised when `on_error="raise"`; the state kept its old values."""
+    """A fire that its guard kept out, raised when `on_error="raise"`; the state kept its old values."""
 
 
 class ConfigError(SurgeryError):
@@ -166,19 +170,44 @@ class WriterError(SurgeryError):
     """Metrics that cannot be written: a value of the wrong shape or type, a directory, a writer that is closed."""
 
 
+class CommandError(SurgeryError):
+    """What a command cannot do: its trainer file, checkpoint or output directory is not what it must be."""
+
+
+class UsageError(CommandError):
+    """Arguments of a command that cannot be read."""
+
+
 def shorten(value: object, limit: int = 300) -> str:
-    """`str(value)` cut in the middle to at most `limit` characters; arrays show as dtype and shape.
+    """`str(value)` cut in the middle to at most `limit` characters; arrays show as dtype and shape. It never raises.
 
     >>> shorten("ab" * 500, limit=11)
     'abab...abab'
     """
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{type(value).__name__} {value.dtype}{list(value.shape)}"
-    text = str(value)
+    text = _printed(str, value)
     if len(text) <= limit:
         return text
     half = (limit - 3) // 2
     return f"{text[:half]}...{text[len(text) - half :]}"
+
+
+def quoted(value: object, limit: int = 300) -> str:
+    """`repr(value)`, shortened likewise, for the message about a value that may be anything.
+
+    >>> quoted("3"), quoted(10**5000)
+    ("'3'", '<int that cannot be shown>')
+    """
+    return shorten(_printed(repr, value), limit)
+
+
+def _printed(how: Callable[[object], str], value: object) -> str:
+    """A value as text, also one that cannot be shown, as an int of more digits than Python prints."""
+    try:
+        return how(value)
+    except Exception:
+        return f"<{type(value).__name__} that cannot be shown>"
 
 
 def typed(value: object) -> str:

@@ -146,6 +146,8 @@ def of_hook(hook: Hook) -> dict[str, Any]:
         "priority": hook.priority,
         **{name: stable(value) for name, value in (operation | reshape).items()},
         "on_reshape": None if callback is None else _name(callback),
+        "on_error": hook.on_error,
+        "rollback": stable(hook.rollback),
     }
 
 

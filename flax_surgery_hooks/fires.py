@@ -26,14 +26,13 @@ from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.programs import Arrays, Programs
 from flax_surgery_hooks.samples import sampled
 from flax_surgery_hooks.schedules import Schedule
-from flax_surgery_hooks.settling import Fired
+from flax_surgery_hooks.settling import Fired, told
 from flax_surgery_hooks.structure import Reshape, shapes
 from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import Parts, take_apart
 
 SHOWN = 100
 """How many missed steps a record lists."""
-ON_ERROR = ("raise", "skip")
 
 
 def foresee(operation: Operation, state: Any, name: str, key: Any, inputs: dict[str, Any], reshape: Reshape) -> Any:
@@ -129,8 +128,8 @@ def fire(
         state = reshape.replaced(state)
     record = record_of(operation, plan, outcome)
     samples |= sampled("after", state.params, record.paths, layers) if operation.histograms else {}
-    figures, leaves = (outcome.figures, outcome.leaves) if operation.figures else ({}, None)
-    return state, Fired(record, figures, leaves, samples, outcome.ok, reshaped)
+    fired = Fired(record, {}, None, samples, outcome.ok, reshaped)
+    return state, told(fired, outcome, operation.figures, operation.guard)
 
 
 def remembered_by(operation: Operation, plan: Sequence[Unit], arrays: Sequence[Arrays]) -> Any:

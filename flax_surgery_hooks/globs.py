@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
-from flax_surgery_hooks.errors import SelectionError
+from flax_surgery_hooks.errors import SelectionError, quoted
 
 # Braces multiply: a dozen pairs of them would be thousands of patterns, and surely not what was meant.
 _MAX_ALTERNATIVES = 1000
@@ -38,7 +38,7 @@ def _name_regex(name: str) -> str:
     if "**" in name:
         raise SelectionError(
             "`**` stands for whole names, and must stand alone between slashes.",
-            found=repr(name),
+            found=quoted(name),
             write=repr(re.sub(r"\*+", "*", name)),
         )
     wild = {"*": "[^/]*", "?": "[^/]"}
@@ -88,4 +88,4 @@ def _checked(alternatives: list[str], pattern: str) -> list[str]:
 
 def _brace_error(problem: str, pattern: str) -> SelectionError:
     write = "{kernel,bias} without spaces, or a list of patterns; for a literal brace, a 're:' pattern"
-    return SelectionError(problem, found=repr(pattern), write=write)
+    return SelectionError(problem, found=quoted(pattern), write=write)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from flax_surgery_hooks import rules
-from flax_surgery_hooks.errors import HookError, ScheduleError, located
+from flax_surgery_hooks.errors import HookError, ScheduleError, located, quoted, typed
+from flax_surgery_hooks.guards import Guard
 from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.operate import make_operation
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.registration import Hook, check_name, find, in_order
+from flax_surgery_hooks.rollback import Rollback
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.selection import Patterns
+from flax_surgery_hooks.settling import check_on_error
 from flax_surgery_hooks.structure import Reshape
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -38,7 +42,7 @@ class HookSet:
         expect: int | None = None,
         opt_state: rules.OptStateRule = None,
         fresh: str = "mean",
-        guard: str = "finite",
+        guard: Guard = "finite",
         figures: bool = True,
         histograms: bool = False,
         fields: Sequence[str] = (),
@@ -47,6 +51,8 @@ class HookSet:
         tx: Any = None,
         on_reshape: Callable[[Any, Record], Any] | None = None,
         shardings: Callable[[str, Any], Any] | None = None,
+        rollback: Rollback | None = None,
+        on_error: str | None = None,
     ) -> None:
         """Registers a hook.
 
@@ -59,7 +65,8 @@ class HookSet:
           expect: how many leaves must be selected.
           opt_state: how slots follow: "transport", "carry", "keep", "reset", a function, or a mapping by kind of slot.
           fresh: what second moments of elements without history start from: "mean" of the survivors, or "init".
-          guard: "finite": a result with new non-finite values is not applied; "off".
+          guard: "finite": a result with new non-finite values is not applied; "off"; or, in addition to "finite", what
+            the figures must hold: `"params/relative_change < 0.5"`, or a function of figures, see `guards`.
           figures: whether changes are measured and written.
           histograms: whether the writer gets histograms of the leaves before and after too. Until then up to 2**20
             elements of each stay on the device.
@@ -72,25 +79,32 @@ class HookSet:
           shardings: likewise `shardings(path, leaf) -> a sharding, a PartitionSpec on the leaf's mesh, or None`: where
             leaves go whose shape changes, and their slots of that shape; `leaf` has shape and dtype of the new one. By
             default as its box names the mesh axes, else by the spec of the old one.
+          rollback: keeps what a fire touched as it was before, to be put back by a metric or `undo`; see `Rollback`.
+          on_error: what becomes of this hook's refused fires, where `SurgeryHooks(on_error=...)` is not to say it.
 
         Raises:
           HookError: the name is taken or malformed.
           SurgeryError: anything else that can be seen without a state.
         """
-        with located(hook=name if isinstance(name, str) else repr(name)):
+        with located(hook=name if isinstance(name, str) else quoted(name)):
             check_name(self._hooks, name)
             if not isinstance(when, Schedule):
                 raise ScheduleError(
-                    "`when=` is no schedule.", found=repr(when), write="when=fsh.every(200) or fsh.at(1_000)"
+                    "`when=` is no schedule.", found=quoted(when), write="when=fsh.every(200) or fsh.at(1_000)"
                 )
-            if isinstance(priority, bool) or not isinstance(priority, int):
-                raise HookError("`priority=` is a Python int.", found=repr(priority), write="priority=0")
+            if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
+                raise HookError(
+                    "`priority=` is a Python int.", found=quoted(priority), write="priority=0 (at most 64 bits)"
+                )
             operation = make_operation(
                 surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
                 figures=bool(figures), histograms=bool(histograms), fields=fields,
             )  # fmt: skip
-        reshape = Reshape(apply_fn, tx, on_reshape, shardings)
-        self._hooks[name] = Hook(name, operation, when, priority, self._registered, reshape)
+            if on_error is not None:
+                check_on_error(on_error)
+            reshape = Reshape(apply_fn, tx, on_reshape, shardings)
+            _check_rollback(rollback, operation, reshape)
+        self._hooks[name] = Hook(name, operation, when, priority, self._registered, reshape, rollback, on_error)
         self._registered += 1
         self._added(self._hooks[name])
 
@@ -149,3 +163,24 @@ class HookSet:
 
     def _ordered(self) -> list[Hook]:
         return in_order(self._hooks.values())
+
+
+def _check_rollback(rollback: Any, operation: Operation, reshape: Reshape) -> None:
+    """Raises unless a hook can keep what its fires touch.
+
+    Raises:
+      HookError: it cannot.
+    """
+    if rollback is None:
+        return
+    if not isinstance(rollback, Rollback):
+        raise HookError(
+            "`rollback=` is no `fsh.Rollback`.", found=typed(rollback), write="rollback=fsh.Rollback(steps=200)"
+        )
+    brought = [field.name for field in dataclasses.fields(reshape) if getattr(reshape, field.name) is not None]
+    if brought or operation.edit.edit_optimizer is not None:
+        raise HookError(
+            "`rollback=` puts leaves back, and this hook may change the structure of the state.",
+            found=", ".join(f"{name}=" for name in brought) or f"{operation.edit.name}, which edits the optimizer",
+            write="rollback= on hooks that keep shapes; a checkpoint from before the fire for others",
+        )

@@ -7,26 +7,34 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from flax_surgery_hooks import fires
+from flax_surgery_hooks import failing, fires
 from flax_surgery_hooks.abstract_state import structure_json
 from flax_surgery_hooks.agreement import LIMIT_SECS, Agreement
 from flax_surgery_hooks.ahead import check_ahead
 from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.donation import DONATE
-from flax_surgery_hooks.errors import HookError, StateError, StepError, located
+from flax_surgery_hooks.errors import HookError, StateError, StepError, located, quoted
+from flax_surgery_hooks.keeping import Keeper, keep
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.mirrors import checked, original, viewed
 from flax_surgery_hooks.operate import bind_inputs
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.passes import Program
-from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.placement import off_mesh
 from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, find
 from flax_surgery_hooks.resuming import Resumable
-from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, read
-from flax_surgery_hooks.steps import check_concrete, check_first_step, checked_step, step_of
+from flax_surgery_hooks.settling import FAR, NEVER, Fired, Settler, check_on_error, read
+from flax_surgery_hooks.steps import (
+    check_concrete,
+    check_fire_step,
+    check_first_step,
+    checked_step,
+    passed_steps,
+    step_of,
+)  # fmt: skip
+from flax_surgery_hooks.structure import called_back
 from flax_surgery_hooks.targets import placer
 from flax_surgery_hooks.train_state import written
 from flax_surgery_hooks.watching import WATCHING, Watching
@@ -41,10 +49,10 @@ class SurgeryHooks(Resumable):
       seed: seed of all keys that surgeries get; the same seed, names and steps draw the same numbers in every run.
       writer: a CLU metric writer (see `metrics.MetricWriter`), or None.
       ledger: file for the records (JSON lines), or None to keep them in memory only.
-      on_record: called with each `Record` after it is written.
-      on_error: what a refused fire (new non-finite values; the state keeps the old ones) does when it is noticed, some
-        steps
-        later: "raise" a `RefusedError`, or "skip": record it and go on.
+      on_record: called with each `Record` as it is written.
+      on_error: what a refused fire (the guard kept it out; the state keeps the old values) does when it is noticed,
+        some steps later: "raise" a `RefusedError`, "skip": record it and go on, "retry_next": fire again, there and
+        `settle_after` steps after each attempt, until one passes; fires in graph are not repeated. See `hooks.add` too.
       strict_steps: whether a call whose step jumps over due ones is an error; by default the hook fires once, and the
         record says which steps were passed.
       settle_after: how many steps after a fire its figures are read, so that nothing waits for the device.
@@ -54,6 +62,8 @@ class SurgeryHooks(Resumable):
         error leaves the state whole; one that changes shapes never does.
       mirrors: fields of the train state that hold trees like the parameters, such as averages and target networks, and
         what they hold (see `rules.KINDS`): `{"ema_params": "param"}`. They move with the parameters as slots do.
+      on_fire: `on_fire(record, state) -> None or a state`, called after each fire on the host that is put into the
+        state, for what the trainer has to rebuild; the verdict of the guard may not be known by then.
       agree_secs: of several processes, how long each waits at its first call until all have said what hooks they hold;
         see `agreement`.
 
@@ -70,7 +80,7 @@ class SurgeryHooks(Resumable):
 
     # An idle call is two comparisons of integers; slots make reading these a quarter cheaper.
     __slots__ = (
-        "_programs", "_unchecked", "donate", "strict_steps",
+        "_on_fire", "_programs", "_tried", "_unchecked", "donate", "strict_steps",
     )  # fmt: skip
 
     def __init__(
@@ -85,33 +95,39 @@ class SurgeryHooks(Resumable):
         settle_after: int = 4,
         donate: str = "auto",
         mirrors: Mapping[str, str] | None = None,
+        on_fire: Callable[[Record, Any], Any] | None = None,
         agree_secs: float = LIMIT_SECS,
     ):
         super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise HookError("SurgeryHooks(seed=...) is a Python int.", found=repr(seed), write="seed=0")
-        if on_error not in fires.ON_ERROR:
-            raise HookError("Unknown on_error=.", found=repr(on_error), write=f"one of {', '.join(fires.ON_ERROR)}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise HookError(
+                "SurgeryHooks(seed=...) is a Python int.", found=quoted(seed), write="seed=0 (at most 64 bits)"
+            )
+        check_on_error(on_error)
         if isinstance(settle_after, bool) or not isinstance(settle_after, int) or settle_after < 0:
-            raise HookError("settle_after= is a number of steps.", found=repr(settle_after), write="settle_after=4")
-        if donate not in DONATE:
-            raise HookError("Unknown donate=.", found=repr(donate), write=f"one of {', '.join(DONATE)}")
+            raise HookError("settle_after= is a number of steps.", found=quoted(settle_after), write="settle_after=4")
+        if not isinstance(donate, str) or donate not in DONATE:
+            raise HookError("Unknown donate=.", found=quoted(donate), write=f"one of {', '.join(DONATE)}")
         self.seed = seed
         self.donate = donate
         self.mirrors = checked(mirrors)
         self.ledger = Ledger(ledger, on_record)
         self.strict_steps = strict_steps
         self._agreement = Agreement(agree_secs)
-        self._settler = Settler(self.ledger, writer, on_error, settle_after)
+        self._watching = Watching()
+        self._keeper = Keeper(self._hooks, self._watching)
+        self._settler = Settler(self.ledger, writer, on_error, settle_after, self._keeper.drop)
         self._collector = Collector(settle_after, self.ledger.path)
         self._programs: dict[str, dict[Hashable, Programs]] = {}
+        self._tried: dict[Programs, int] = {}
         self._unchecked: set[str] = set()
         self._counts = {}
         self._past, self._resumed, self._known, self._accepted = {}, None, frozenset(), frozenset()
+        self._saved = None
         self._started = False
         self._last = -1
         self._wake = -1
-        self._watching = Watching()
+        self._on_fire = on_fire
 
     @classmethod
     def from_config(cls, config: Any, *, objects: Mapping[str, Any] | None = None, **kwargs: Any) -> SurgeryHooks:
@@ -145,6 +161,7 @@ class SurgeryHooks(Resumable):
         del self._programs[name]
         self._unchecked.discard(name)
         self._watching.remove(name)
+        super()._removed(name)
         self._agreement.renew()
         self._wake = -1
 
@@ -261,22 +278,28 @@ class SurgeryHooks(Resumable):
         fired: list[Fired] = []
         counts = dict(self._counts)
         try:
+            state, put_back = self._keeper.rolled_back(state, step, self.mirrors)
             due = [(hook, hook.planned_steps(self._last, step)) for hook in self._ordered()]
-            due = [(hook, steps) for hook, steps in due if steps or self._watching.triggers(hook.name)]
+            again = self._settler.retries(step)
+            due = [pair for pair in due if pair[1] or pair[0].name in again or self._watching.triggers(pair[0].name)]
             self._collector.note(state, [hook.name for hook, _ in due if hook.name in self._collector.traced], step)
             due = [(hook, steps) for hook, steps in due if hook.name not in self._collector.traced]
             for hook, steps in due:
                 donate = self.donate if hook is due[-1][0] else "never"
-                passed = self._passed(hook, steps, step)
+                passed = passed_steps(hook.name, steps, step, self._last, strict=self.strict_steps)
                 state, one = self._fire(hook, state, step, inputs, donate, passed)
                 fired.append(one)
-            state = written(state) if fired else state
+            records = self._settler.fired(*fired, before=[one.record for one in put_back])
+            state = written(state) if fired or put_back else state
         except BaseException:
             self._counts = counts  # nothing of this call happened: the caller keeps the state it passed
             raise
         self._last = step
         self._watching.clear()
-        self._record(fired)
+        self._keeper.commit(put_back, step)
+        for record, one in zip(records, fired, strict=True):
+            self._keeper.note(record, one)
+        self._rewake()
         if first:
             self._wake = -1  # one call before the loop and one in it are two lines, so the second is looked at as well
         return state
@@ -293,9 +316,9 @@ class SurgeryHooks(Resumable):
 
     def _begin(self, step: int) -> None:
         """Writes that a session of hooks begins."""
+        self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
         self._started = True
         self._last = step
-        self.ledger.write(Record(event="run", step=step, detail=fires.versions_json(self.seed)))
         self._settler.started(self.hparams())
 
     def _check_all(self, state: Any, inputs: dict[str, Any]) -> None:
@@ -304,6 +327,7 @@ class SurgeryHooks(Resumable):
         if not unchecked:
             return
         for name in unchecked:
+            self._keeper.check(self._hooks[name], inputs)
             self._check(self._hooks[name], state, inputs)
         try:
             with off_mesh(state):
@@ -336,16 +360,26 @@ class SurgeryHooks(Resumable):
     ) -> tuple[Any, Fired]:
         start = time.perf_counter()
         with located(hook=hook.name, step=step):
+            check_fire_step(step)
             operation, arrays = bind_inputs(hook.operation, inputs)
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)
             held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
             programs = self._compiled(hook, operation, held)
-            with off_mesh(state):
+            donate = donate if hook.rollback is None else "never"
+            tried = self._tried.get(programs) == len(programs.compiled)
+            if not tried:
+                failing.wait(state)  # what fails here is the train step
+            with off_mesh(state), failing.explained(state, self._saved):
+                before = self._keeper.before(hook, held) if commit else None
                 held, fired = fires.fire(
                     programs, held, hook.name, key, step, arrays, reshape, commit=commit, donate=donate
                 )
-            state = original(held)
+                kept = keep(before, hook, held)
+                if not tried:  # a program that has just been compiled: that it runs is worth to wait for
+                    failing.wait(held)
+            self._tried[programs] = len(programs.compiled)
+            given, state = state, original(held)
             seconds = time.perf_counter() - start
             triggers = self._watching.triggers(hook.name)
             record = replace(fired.record, hook=hook.name, step=step, passed=passed, triggers=triggers, seconds=seconds)
@@ -354,9 +388,11 @@ class SurgeryHooks(Resumable):
                 state = hook.reshape.finish(state, record)
                 record = replace(record, structure=structure_json(state))
                 self._unchecked.update(name for name, other in self._hooks.items() if other.next_possible(step))
+            if self._on_fire is not None and commit and state is not given:
+                state = called_back("on_fire", self._on_fire, state, record, state)
         if commit:
             self._counts[hook.name, step] = count + 1
-        return state, replace(fired, record=record)
+        return state, replace(fired, record=record, on_error=hook.on_error, kept=kept)
 
     def _compiled(self, hook: Hook, operation: Operation, state: Any) -> Programs:
         by_static = self._programs[hook.name]
@@ -369,18 +405,6 @@ class SurgeryHooks(Resumable):
         self._gather(fired)
         self._rewake()
 
-    def _passed(self, hook: Hook, due: tuple[int, ...], step: int) -> tuple[int, ...]:
-        passed = tuple(at for at in due if at != step)
-        if passed and self.strict_steps:
-            raise StepError(
-                "The call jumps over steps at which the hook is due.",
-                hook=hook.name,
-                step=step,
-                found=f"due at {listed(map(str, passed))}, last call at {self._last}",
-                write="a call at every step, a schedule that meets the calls, or strict_steps=False",
-            )
-        return passed
-
     def _rewake(self) -> None:
         """The next step at which a call has anything to do; unchecked hooks and the first call cannot wait."""
         if not self._started or self._unchecked:
@@ -388,5 +412,5 @@ class SurgeryHooks(Resumable):
             return
         due = (hook.next_planned(self._last) for hook in self._hooks.values())
         far = FAR if self._last < FAR else NEVER
-        found = [far, self._settler.wake, self._collector.wake, *(step for step in due if step is not None)]
-        self._wake = self._watching.held(min(found))
+        waiting = (self._settler.wake, self._collector.wake, self._keeper.wake)
+        self._wake = self._watching.held(min([far, *waiting, *(step for step in due if step is not None)]))

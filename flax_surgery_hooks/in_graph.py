@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from flax_surgery_hooks import fires, memory
 from flax_surgery_hooks.committing import commit, restarts_at
 from flax_surgery_hooks.errors import HookError, StateError, located
+from flax_surgery_hooks.guards import Guard
 from flax_surgery_hooks.layers import Layer
 from flax_surgery_hooks.ledger import Record
 from flax_surgery_hooks.metrics import FIELDS
@@ -35,10 +36,10 @@ from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
 from flax_surgery_hooks.programs import Arrays, editing, foreseen, measuring
 from flax_surgery_hooks.reductions import Places, places_of
 from flax_surgery_hooks.registration import Hook
-from flax_surgery_hooks.settling import Fired
+from flax_surgery_hooks.settling import Fired, told
 from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import Parts, put_back, take_apart
-from flax_surgery_hooks.verdicts import judge, judged
+from flax_surgery_hooks.verdicts import judge, judged, row_of
 
 
 def why_on_host(hook: Hook) -> str | None:
@@ -47,6 +48,8 @@ def why_on_host(hook: Hook) -> str | None:
         return "it may change the structure of the state"
     if hook.operation.histograms:
         return "its histograms need the elements of its leaves"
+    if hook.rollback is not None:
+        return "what it keeps for a rollback lies outside of the train state"
     return "values that the host reads decide when" if hook.when.watched else None
 
 
@@ -87,7 +90,9 @@ def buffers(state: Any) -> dict[str, Any]:
 
 def _shapes(state: Any, operation: Operation, capacity: int) -> dict[str, jax.ShapeDtypeStruct]:
     plan = units(operation, take_apart(state).params, {})
-    rows = sum(len(unit.paths) + 2 for unit in plan) if measures(operation) else 0
+    # A guard's own verdict is told beside the figures: figures of another program might round to another side of it.
+    judged_too = operation.bound is not None
+    rows = sum(len(unit.paths) + 2 for unit in plan) + judged_too if measures(operation) else 0
     return {
         "count": jax.ShapeDtypeStruct((), jnp.int32),
         "steps": jax.ShapeDtypeStruct((capacity,), jnp.int32),
@@ -122,13 +127,15 @@ class About(NamedTuple):
       record: of a fire, without step and figures.
       rows: how many rows of figures each unit has.
       figures: whether they are told.
-      guarded: whether a guard looks at them.
+      guard: the operation's.
+      on_error: the hook's.
     """
 
     record: Record
     rows: tuple[int, ...]
     figures: bool
-    guarded: bool
+    guard: Guard
+    on_error: str | None
 
     def fired(self, step: int, rows: Any) -> Fired:
         """A fire at a step, with the rows that waited in the buffer."""
@@ -136,12 +143,15 @@ class About(NamedTuple):
             return self.without_figures(step)
         ends = list(itertools.accumulate(self.rows))
         verdict = judged([rows[end - size : end] for end, size in zip(ends, self.rows, strict=True)])
-        figures, leaves = (verdict.figures, verdict.leaves) if self.figures else ({}, None)
-        return Fired(replace(self.record, step=step), figures, leaves, ok=verdict.ok if self.guarded else None)
+        if callable(self.guard):
+            verdict = verdict._replace(ok=rows[-1, 0] > 0, finite=rows[-1, 1] > 0)
+        ok = verdict.ok if self.guard != "off" else None
+        fired = Fired(replace(self.record, step=step), {}, ok=ok, in_graph=True, on_error=self.on_error)
+        return told(fired, verdict, self.figures, self.guard)
 
     def without_figures(self, step: int) -> Fired:
         """A fire that measured nothing, or whose figures are lost."""
-        return Fired(replace(self.record, step=step), {})
+        return Fired(replace(self.record, step=step), {}, in_graph=True)
 
 
 class Lying(NamedTuple):
@@ -246,7 +256,7 @@ class Run:
         outcome = Outcome(self._after, {}, None, None, tuple(self._in_place))
         record = record_of(operation, self._plan, outcome, hook=self._hook.name)
         rows = tuple(len(unit.paths) + 2 for unit in self._plan)
-        return About(record, rows, operation.figures, operation.guard != "off")
+        return About(record, rows, operation.figures, operation.guard, self._hook.on_error)
 
     def _with(self, touched: _Touched) -> Any:
         state = put_back(self._state, self._parts, touched.params, touched.opt_leaves)
@@ -285,8 +295,10 @@ class Run:
             first = [
                 measuring(operation, *one, values, fire) for one, values, fire in zip(known, arrays, given, strict=True)
             ]
-            ok = judge([each.changes for each in first]).ok if operation.guard != "off" else None
+            verdict = judge([each.changes for each in first], operation.bound)
+            ok = verdict.ok if operation.guard != "off" else None
             rows, seeds = jnp.concatenate([each.changes for each in first]), [each.seeds for each in first]
+            rows = rows if operation.bound is None else jnp.concatenate([rows, row_of(verdict)])
             # Without this XLA would see that both passes make the same values, and keep these in between.
             arrays, ok, seeds = jax.lax.optimization_barrier((arrays, ok, seeds))
         new = [

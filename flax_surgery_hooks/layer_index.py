@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flax_surgery_hooks.errors import SelectionError
+from flax_surgery_hooks.errors import SelectionError, quoted
 from flax_surgery_hooks.layers import Layer, axis_of
 from flax_surgery_hooks.paths import Leaves
 
@@ -86,7 +86,7 @@ def without_index(pattern: str) -> tuple[str, LayerIndex | None]:
     if found is None or found[1].endswith("/") or not _INDEX.fullmatch(found[2]):
         raise SelectionError(
             "Brackets are not part of a glob, but for an index at its very end, which takes layers of a stacked leaf.",
-            found=repr(pattern),
+            found=quoted(pattern),
             write="for layers 'layers/**/kernel[3]' or 'kernel[2:4]'; for a character class 're:Dense_[0-3]/kernel'",
         )
     return found[1], LayerIndex(found[2])

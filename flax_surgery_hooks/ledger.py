@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,11 +14,11 @@ from typing import Any
 import flax.struct
 
 from flax_surgery_hooks import ledger_files, ledger_lines, processes, tables
-from flax_surgery_hooks.errors import LedgerError, shorten
+from flax_surgery_hooks.errors import LedgerError, SurgeryError, UserCodeError, quoted, shorten
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.watched_schedules import Trigger
 
-EVENTS = ("run", "fired", "settled", "refused", "passed", "preview")
+EVENTS = ("run", "fired", "settled", "refused", "rolled_back", "undone", "passed", "preview")
 HOST_FACTS = ("seconds", "time", "donated")
 """Fields of a `Record` that tell of the machine and the day. All others, of all records but "run" (which say when and
 with which versions a process began), are the same in a run that was cut off and went on as in one that was not."""
@@ -33,8 +34,8 @@ class Record:
 
     Attributes:
       event: "run" (a session of hooks begins), "fired" (host facts, written at once), "settled" (its figures, once
-        they are there) or "refused" (the guard kept the old values), "passed" (due steps that lie before the first
-        call), "preview".
+        they are there) or "refused" (the guard kept the old values), "rolled_back" and "undone" (the old values were
+        put back by a metric or by `hooks.undo`), "passed" (due steps that lie before the first call), "preview".
       step: what `state.step` held.
       hook: name of the hook.
       id: number of the fire in this session; joins a "fired" record with what becomes of it.
@@ -144,7 +145,7 @@ class Ledger:
 
     Args:
       path: file to append to; its directory is made. None keeps the records in memory only.
-      on_record: called with each record after it is written, on every process.
+      on_record: called with each record as it is written, on every process.
 
     >>> ledger = Ledger()
     >>> ledger.write(Record(event="fired", step=10, hook="halve"))
@@ -153,7 +154,9 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, on_record: Callable[[Record], None] | None = None):
-        self.path = None if path is None else pathlib.Path(path)
+        if on_record is not None and not callable(on_record):
+            raise LedgerError("on_record= is a function of a record.", found=quoted(on_record), write="on_record=print")
+        self.path = None if path is None else _as_path(path)
         self.records: list[Record] = []
         self._on_record = on_record
 
@@ -164,7 +167,7 @@ class Ledger:
         Raises:
           LedgerError: it cannot be read, or a line is damaged; it says up to which line all is well.
         """
-        return tuple(Record(**fields) for fields in ledger_lines.read(pathlib.Path(path), EVENTS))
+        return tuple(Record(**fields) for fields in ledger_lines.read(_as_path(path), EVENTS))
 
     def resume(self, records: Sequence[Record]) -> None:
         """Takes these records, of a checkpoint, as all that has happened: the file is cut to them, and what it has
@@ -173,10 +176,9 @@ class Ledger:
         Raises:
           LedgerError: the file is of another run, or cannot be written; nothing has changed then.
         """
-        if self.path is not None:
-            lines = [record.to_json() for record in records]
-            path = self.path
-            processes.by_first("ledger", lambda: str(ledger_files.cut(path, lines)))
+        path, lines = self.path, [record.to_json() for record in records]
+        # All processes come here, also those that were given no path: only the first one's counts.
+        processes.by_first("ledger", lambda: "" if path is None else str(ledger_files.cut(path, lines)))
         self.records = list(records)
 
     def trouble(self) -> str | None:
@@ -187,33 +189,64 @@ class Ledger:
             return error.problem
         return None
 
-    def write(self, record: Record) -> None:
-        """Appends a record.
+    def write(self, *records: Record) -> None:
+        """Appends records, all of them or none.
 
         Raises:
-          LedgerError: the file cannot be written; the record is kept in memory.
+          LedgerError: the file cannot be written; the ledger is as it was.
+          UserCodeError: `on_record` raised; likewise.
         """
-        if not record.time:
-            record = record.replace(time=time.time())  # type: ignore[attr-defined]  # added by flax.struct
-        self.records.append(record)
-        self._append(record.to_json() + "\n")
+        now = time.time()
+        timed = [one if one.time else one.replace(time=now) for one in records]  # type: ignore[attr-defined]
+        # A file that somebody has deleted is written anew, as it would not be a ledger without its beginning.
+        gone = self.path is not None and self.records and is_first() and not self.path.exists()
+        text = "".join(f"{one.to_json()}\n" for one in ([*self.records, *timed] if gone else timed))
         if self._on_record is not None:
-            self._on_record(record)
+            for one in timed:
+                self._tell(self._on_record, one)
+        self._append(text)
+        self.records += timed
+
+    @staticmethod
+    def _tell(on_record: Callable[[Record], None], record: Record) -> None:
+        try:
+            on_record(record)
+        except SurgeryError:
+            raise
+        except Exception as error:
+            raise UserCodeError(
+                f"on_record raised {type(error).__name__}: {shorten(error)}",
+                hook=record.hook or None,
+                step=record.step,
+                write="an on_record= that does not raise; what this call would have done is not done",
+            ) from error
 
     def _append(self, text: str) -> None:
         if self.path is not None and is_first():
             _append(self.path, text)
 
 
+def _as_path(path: Any) -> pathlib.Path:
+    if not isinstance(path, str | os.PathLike):
+        raise LedgerError("A ledger is the path of a file.", found=quoted(path), write='ledger="ledger.jsonl"')
+    return pathlib.Path(path)
+
+
 def _append(path: pathlib.Path, text: str) -> None:
     """Adds to the file, which is closed again: fires are rare, and so nothing is left to lose or to leak."""
+    size = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size if path.is_file() else None
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of a name with a zero byte
+        if size is not None:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # half a line would spoil the next one
         raise LedgerError(
             f"The ledger cannot be written: {shorten(error)}",
             path=str(path),
-            write="ledger=<a file in a writable directory>",
+            write="ledger=<a file in a writable directory with space>; what this call would have done is not done, "
+            "and the same call can be made again",
         ) from error

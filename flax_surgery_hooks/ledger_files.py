@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -79,15 +81,12 @@ def _parsed(line: bytes) -> Any:
 
 
 def _kept(path: pathlib.Path, tail: bytes) -> pathlib.Path:
-    for number in range(1, 1_000_000):
+    for number in itertools.count(1):
         beside = path.with_name(f"{path.name}.tail-{number}")
-        try:
-            with beside.open("xb") as file:
-                file.write(tail)
-            return beside
-        except FileExistsError:
-            continue
-    raise OSError(f"no free name beside {path}")
+        with contextlib.suppress(FileExistsError), beside.open("xb") as file:
+            file.write(tail)
+            break
+    return beside
 
 
 def _replace(path: pathlib.Path, data: bytes) -> None:

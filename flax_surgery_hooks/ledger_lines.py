@@ -22,7 +22,7 @@ def read(path: pathlib.Path, events: Collection[str]) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # bytes that are no text, or a name with a zero byte
         raise LedgerError(
             f"The ledger cannot be read: {shorten(error)}",
             path=str(path),
@@ -59,7 +59,7 @@ def fields_of(line: str, events: Collection[str]) -> dict[str, Any]:
     """
     try:
         told = json.loads(line, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise _wrong("A line of the ledger is no JSON.", line) from error
     if not isinstance(told, dict):
         raise _wrong("A line of the ledger is no record.", line)
@@ -72,7 +72,7 @@ def fields_of(line: str, events: Collection[str]) -> dict[str, Any]:
     for name, value in told.items():
         try:
             fields[name] = _READERS[name](value)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise _wrong(f"A record's field {name!r} is not what is written there.", json.dumps(value)) from error
     return fields
 
@@ -82,7 +82,7 @@ def _wrong(problem: str, found: Any) -> LedgerError:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise TypeError
 
 
 def _text(value: Any) -> str:
@@ -102,7 +102,7 @@ def _real(value: Any) -> float:
         raise TypeError
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError
+        raise TypeError
     return number
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from typing import Any, NamedTuple
 
-from flax_surgery_hooks.errors import ScheduleError, typed
-from flax_surgery_hooks.schedules import Schedule
+from flax_surgery_hooks.errors import ScheduleError, quoted, typed
+from flax_surgery_hooks.schedules import Schedule, is_finite
 from flax_surgery_hooks.watched_schedules import LAG, Trigger, Watched, as_at_least, as_name
 
 CONDITIONS = ("above", "below", "spike", "plateau")
@@ -77,10 +76,10 @@ class OnMetric(Watched):
                 found=f"on_metric({self.name!r}, plateau={self.plateau})",
                 write=f"on_metric({self.name!r}, plateau={self.plateau}, patience=1000)",
             )
-        if self.mode not in MODES or (self.mode == "max" and self.plateau is None):
+        if not isinstance(self.mode, str) or self.mode not in MODES or (self.mode == "max" and self.plateau is None):
             raise ScheduleError(
                 "`mode` of `on_metric` says for a plateau whether small or large values are good.",
-                found=f"mode={self.mode!r} with {given[0]}",
+                found=f"mode={quoted(self.mode, 80)} with {given[0]}",
                 write="mode='min' or mode='max' with plateau=",
             )
         for key, lowest in {"patience": 1, "cooldown": 0, "fires": 1, "start": 0, "horizon": 1, "lag": 0}.items():
@@ -264,7 +263,7 @@ def on_metric(
 def _as_bound(value: Any, key: str) -> float:
     """A threshold, factor or part as a float."""
     write = {"spike": "spike=3.0", "plateau": "plateau=0.01"}.get(key, f"{key}=5.0")
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if not is_finite(value):
         raise ScheduleError(f"`{key}` of `on_metric` must be a finite number.", found=typed(value), write=write)
     value = float(value)
     if key == "spike" and value <= 1:

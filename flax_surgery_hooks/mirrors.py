@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_surgery_hooks.errors import HookError, StateError, shorten
+from flax_surgery_hooks.errors import HookError, StateError, quoted, shorten
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.rules import KINDS, check_choice
 from flax_surgery_hooks.slot_registry import register_slot
@@ -43,6 +43,19 @@ def checked(mirrors: Mapping[str, str] | None) -> Mirrors:
     for kind in mirrors.values():
         check_choice(kind, KINDS, "kind of slot")
     return tuple(sorted(mirrors.items()))
+
+
+def checked_fields(fields: Any) -> tuple[str, ...]:
+    """Names of fields of the train state.
+
+    Raises:
+      HookError: they are none.
+    """
+    if not isinstance(fields, list | tuple) or not all(isinstance(name, str) for name in fields):
+        raise HookError(
+            "fields= lists fields of the train state.", found=quoted(fields), write='fields=("batch_stats",)'
+        )
+    return tuple(fields)
 
 
 def view(state: Any, mirrors: Mirrors, fields: tuple[str, ...] = ()) -> Any:

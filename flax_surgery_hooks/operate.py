@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks import checks, donation, optimizer_edits, rules
+from flax_surgery_hooks import checks, donation, guards, optimizer_edits, rules
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
 from flax_surgery_hooks.committing import commit
-from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError
+from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError, quoted
+from flax_surgery_hooks.guards import Guard
 from flax_surgery_hooks.ledger import Record
-from flax_surgery_hooks.mirrors import Mirrors, checked, original, view
+from flax_surgery_hooks.mirrors import Mirrors, checked, checked_fields, original, view
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
 from flax_surgery_hooks.placement import off_mesh
@@ -41,7 +42,7 @@ def operate(
     expect: int | None = None,
     opt_state: rules.OptStateRule = None,
     fresh: str = "mean",
-    guard: str = "finite",
+    guard: Guard = "finite",
     key: jax.Array | None = None,
     step: Any = None,
     inputs: Mapping[str, Any] | None = None,
@@ -61,7 +62,8 @@ def operate(
       expect: how many leaves must be selected.
       opt_state: how slots follow: "transport", "carry", "keep", "reset", a function, or a mapping by kind of slot.
       fresh: what second moments of elements without history start from: "mean" of the survivors, or "init".
-      guard: "finite": a result with new non-finite values is not applied; "off".
+      guard: "finite": a result with new non-finite values is not applied; "off"; or, in addition to "finite", a
+        function of figures, see `guards`. On a traced state an edit that changes shapes or paths is not guarded.
       key: PRNG key, if the surgery draws.
       step: what the surgery sees as `step`; by default `state.step`.
       inputs: further inputs by name.
@@ -73,7 +75,7 @@ def operate(
 
     Raises:
       SurgeryError: see `flax_surgery_hooks.errors`; the state keeps all its values.
-      RefusedError: the result has new non-finite values (concrete states only; under jit the old values stay).
+      RefusedError: the guard did not let the result through (concrete states only; under jit the old values stay).
 
     >>> import jax.numpy as jnp, optax, flax_surgery_hooks as fsh
     >>> state = fsh.TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.adam(0.1))
@@ -115,11 +117,18 @@ def _operate(
     if checks.concrete(given):
         fires = [fire_for(unit, key, jnp.asarray(step, jnp.int32), traced_inputs) for unit in plan]
         outcome = run(_programs(operation), plan, arrays, fires, may_reshape=True)
-        if outcome.ok is not None and not bool(outcome.ok):
+        if outcome.ok is not None and not bool(outcome.finite):
             raise RefusedError(
                 f"The surgery {operation.edit.name} made values that are not finite; the state is as it was.",
                 found=f"{_nonfinite(outcome):.0f} non-finite values",
                 write="an edit that is finite on these leaves, or guard='off'",
+            )
+        if outcome.ok is not None and not bool(outcome.ok):
+            raise RefusedError(
+                f"The surgery {operation.edit.name} was refused by its guard {guards.told(operation.guard)}; the state "
+                "is as it was.",
+                found=guards.shown(operation.bound, outcome.figures),
+                write="an edit that this guard lets through, or another guard=",
             )
     elif any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(given)):
         outcome = run_abstractly(operation, plan, *given)
@@ -145,6 +154,7 @@ class Outcome(NamedTuple):
       leaves: see `Record.per_leaf`; on the device, None if not measured.
       ok: whether the guard let it through, or None without guard.
       in_place: per unit, 1 where slots stayed in place because the edit mixes.
+      finite: whether it made no value non-finite, or None without guard.
       applied: whether the arrays are to be put into the state.
       donated: whether the old values are gone.
     """
@@ -154,6 +164,7 @@ class Outcome(NamedTuple):
     leaves: Any
     ok: Any
     in_place: tuple[bool, ...]
+    finite: Any = None
     applied: bool = True
     donated: bool = False
 
@@ -166,7 +177,7 @@ def make_operation(
     expect: int | None = None,
     opt_state: rules.OptStateRule = None,
     fresh: str = "mean",
-    guard: str = "finite",
+    guard: Guard = "finite",
     figures: bool = True,
     histograms: bool = False,
     fields: Sequence[str] = (),
@@ -174,24 +185,31 @@ def make_operation(
     """Reads all that `operate` and `SurgeryHooks.add` are told about one surgery.
 
     Raises:
-      SurgeryFunctionError, SelectionError, RuleError: what is wrong with it.
+      SurgeryFunctionError, SelectionError, RuleError, UserCodeError: what is wrong with it.
     """
     edit = as_edit(surgery)
     if edit.edits_state and opt_state is not None:
         raise RuleError(
             f"The surgery {edit.name} says itself what becomes of the optimizer state.",
-            found=f"opt_state={opt_state!r}",
+            found=f"opt_state={quoted(opt_state)}",
             write="no opt_state=",
+        )
+    guard = guards.as_guard(guard)
+    if edit.edit_optimizer is not None and callable(guard):
+        raise RuleError(
+            f"The surgery {edit.name} edits the optimizer as a whole; there are no figures for a guard to look at.",
+            found=f"guard={guards.told(guard)}",
+            write="no guard=",
         )
     return Operation(
         edit,
         select(params, exclude=exclude, expect=expect),
         rules.slot_rules("keep" if edit.edits_state else opt_state, edit.preserves),
         rules.check_choice(fresh, rules.FRESH, "value of fresh="),
-        rules.check_choice(guard, rules.GUARDS, "guard"),
+        guard,
         figures,
         histograms,
-        tuple(fields),
+        checked_fields(fields),
     )
 
 
@@ -268,10 +286,10 @@ def run(
     measured: list[Measured] = []
     ok: Any = None
     figures: dict[str, Any] = {}
-    leaves = None
+    leaves = finite = None
     if operation.figures or operation.guard != "off":
         measured = [programs.measure(*each) for each in zip(ready, fires, strict=True)]
-        ok, figures, leaves = verdict([one.changes for one in measured])
+        ok, finite, figures, leaves = verdict([one.changes for one in measured], operation.bound)
         ok = ok if operation.guard != "off" else None
     chosen, donated = ok, False
     if ok is not None and programs.reshapes and commit:
@@ -286,7 +304,7 @@ def run(
             ready = donation.unaliased(ready, state)
         new = [programs.edit(one, *rest, donate=donated) for one, rest in zip(ready, given, strict=True)]
     in_place = tuple(one.passes.in_place for one in ready)
-    return Outcome(new, figures, leaves, ok, in_place, applied=commit, donated=donated)
+    return Outcome(new, figures, leaves, ok, in_place, finite, applied=commit, donated=donated)
 
 
 def _run_traced(
@@ -301,12 +319,12 @@ def _run_traced(
         for unit, one, fire, stays in zip(plan, arrays, fires, in_place, strict=True)
     ]
     new = [Arrays(each.params, each.slots, each.memory) for each in edited]
-    ok, figures, leaves = judge([rows_of(each) for each in edited])
+    ok, finite, figures, leaves = judge([rows_of(each) for each in edited], operation.bound)
     if operation.guard == "off" or any(unit.other is not None for unit in plan):
         ok = None  # old and new leaves at other paths have nothing to choose between
     else:
         new = [choose(ok, after, before) for after, before in zip(new, arrays, strict=True)]
-    return Outcome(new, figures, leaves, ok, in_place)
+    return Outcome(new, figures, leaves, ok, in_place, finite)
 
 
 def run_abstractly(operation: Operation, plan: Sequence[Unit], *given: Any) -> Outcome:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_surgery_hooks.errors import SlotError, located
+from flax_surgery_hooks.guards import Guard
 from flax_surgery_hooks.layer_slots import slots_of_layer
 from flax_surgery_hooks.layers import Layer
 from flax_surgery_hooks.paths import Leaves, listed
@@ -34,7 +35,7 @@ class Operation:
       selection: which leaves it edits.
       rules: how slots follow.
       fresh: what second moments without history start from, "mean" or "init".
-      guard: "finite" or "off".
+      guard: "finite", "off", or a function of figures, see `guards`.
       figures: whether figures are computed.
       histograms: whether elements of the leaves are kept for histograms.
       fields: fields of the train state whose leaves can be selected too, under the field's name.
@@ -45,11 +46,16 @@ class Operation:
     selection: Selection
     rules: SlotRules
     fresh: str = "mean"
-    guard: str = "finite"
+    guard: Guard = "finite"
     figures: bool = True
     histograms: bool = False
     fields: tuple[str, ...] = ()
     static: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def bound(self) -> Any:
+        """The guard, if it is a function of figures; else None."""
+        return self.guard if callable(self.guard) else None
 
 
 @dataclass(frozen=True)

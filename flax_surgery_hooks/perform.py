@@ -145,6 +145,7 @@ def perform(
     *,
     in_place: bool,
     seeds: Sequence[jax.Array] | None = None,
+    measures: bool = True,
 ) -> Edited:
     """Edits a unit.
 
@@ -156,6 +157,7 @@ def perform(
       fire: key, step, inputs.
       in_place: whether slots stay in place because the edit mixes, as `examine` found.
       seeds: `Edited.seeds` of an earlier run, which then are not computed again.
+      measures: whether there are figures; where only shapes are asked for, tracing takes half the time without.
     """
     traced = trace_unit(operation, unit, params, fire)
     edit, after = traced.edit, unit.after
@@ -171,6 +173,8 @@ def perform(
         given = {**fire.inputs, **dict(operation.static)}
         moved = edited_slots(operation.edit.edit_slots, unit, new[unit.paths[0]], slots, fire, given)
         fresh, used = (None,) * len(moved), ()
+    if not measures:
+        return Edited(stored, moved, traced.memory, (), Change.empty(), Change.empty(), used)
     rule = "transport" if operation.rules.default == "transport" else "carry"
     without_history = {path: how.fresh(path, rule) for path in floats} if how is not None else {}
     changes = measure(

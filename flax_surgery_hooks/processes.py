@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_surgery_hooks import errors
 from flax_surgery_hooks.errors import AgreementError, SurgeryError, shorten
 
 
@@ -121,26 +120,26 @@ _actions = itertools.count()  # of `by_first` in this process: the n-th of each 
 
 
 def by_first(what: str, action: Callable[[], str], secs: float = 300.0) -> str:
-    """What an action returns on the first process, which alone does it; what it raises there every process raises.
+    """What an action returns on the first process, which alone does it; where it raises, every process does.
 
     Every process has to call this, in the same order as the others.
 
     Raises:
-      SurgeryError: of the class that `action` raised.
-      AgreementError: a process did not come.
+      SurgeryError: on the first process, as the action raised it.
+      AgreementError: on the others, or a process did not come.
     """
     if jax.process_count() == 1:
         return action()
-    failed: SurgeryError | None = None
-    told = ["", ""]
+    name = f"flax_surgery_hooks/{what}/{next(_actions)}"
     if is_first():
         try:
-            told = ["", action()]
+            text = action()
         except SurgeryError as error:
-            failed, told = error, [type(error).__name__, str(error)]
-    kind, text = json.loads(exchange(f"flax_surgery_hooks/{what}/{next(_actions)}", json.dumps(told), secs)[0])
-    if failed is not None:
-        raise failed
-    if kind:
-        raise getattr(errors, kind, SurgeryError)(f"On process 0: {text}")
+            exchange(name, json.dumps([str(error), ""]), secs)
+            raise
+        exchange(name, json.dumps(["", text]), secs)
+        return text
+    failed, text = json.loads(exchange(name, "", secs)[0])
+    if failed:
+        raise AgreementError("Process 0 could not do what all wait for.", found=failed, write="what its own error says")
     return str(text)

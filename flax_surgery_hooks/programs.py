@@ -99,6 +99,7 @@ class Programs:
         self._place = place
         self.compiled: dict[Hashable, Passes] = {}
         self._signatures: dict[Hashable, Signature] = {}
+        self._foreseen: dict[Hashable, Arrays] = {}
         self._common: dict[Hashable, Unit] = {}  # holds them, so that keys may use their `id`: hashing slots is slow
         self._reshapes = False
         rules = [operation.rules.default, *(rule for _, rule in operation.rules.by_kind)]
@@ -134,6 +135,19 @@ class Programs:
           SurgeryError: whatever `operation.perform` and `operation.examine` raise, with the leaf's own path.
         """
         return self._examined(unit, arrays, fire, may_reshape).in_place
+
+    def foresee(self, unit: Unit, arrays: Arrays, fire: Fire, *, may_reshape: bool) -> Arrays:
+        """The shapes of what an edit makes of a unit, once per signature; arrays and fire may be abstract.
+
+        Nothing is computed, so what only values show, such as an edit that mixes, is left to `prepare`.
+        """
+        common = self._stand_in(unit)
+        key = (id(common), shapes_of(arrays), shapes_of(fire.inputs))
+        if key not in self._foreseen:
+            with _own_path(unit):
+                known = (self.operation, common, False, arrays, fire)
+                self._foreseen[key], _ = foreseen(*known, may_reshape=may_reshape)
+        return self._foreseen[key]
 
     def _examined(self, unit: Unit, arrays: Arrays, fire: Fire, may_reshape: bool) -> Signature:
         common = self._stand_in(unit)
@@ -212,7 +226,7 @@ def foreseen(
     Raises:
       StructureError: they do, and may not.
     """
-    edited = jax.eval_shape(functools.partial(edit_unit, operation, unit, in_place), arrays, fire)
+    edited = jax.eval_shape(functools.partial(edit_unit, operation, unit, in_place, measures=False), arrays, fire)
     write = "apply_fn= for the new shapes, and on_reshape= for what the trainer has to rebuild"
     name = operation.edit.name
     changed = [
@@ -241,11 +255,19 @@ def foreseen(
 
 
 def edit_unit(
-    operation: Operation, unit: Unit, in_place: bool, arrays: Arrays, fire: Fire, seeds: Any = None
+    operation: Operation,
+    unit: Unit,
+    in_place: bool,
+    arrays: Arrays,
+    fire: Fire,
+    seeds: Any = None,
+    measures: bool = True,
 ) -> Edited:
     """`perform`, with what the surgery remembers taken from the arrays."""
     fire = fire._replace(memory=arrays.memory)
-    return perform(operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds)
+    return perform(
+        operation, unit, arrays.params, arrays.slots, fire, in_place=in_place, seeds=seeds, measures=measures
+    )
 
 
 def measuring(operation: Operation, unit: Unit, in_place: bool, lie: Places, arrays: Arrays, fire: Fire) -> Measured:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flax_surgery_hooks.errors import HookError
+from flax_surgery_hooks import guards
+from flax_surgery_hooks.errors import HookError, StepError, quoted, shorten
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.paths import close_matches, listed
+from flax_surgery_hooks.rollback import Rollback
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.structure import Reshape
 from flax_surgery_hooks.surgery import describe, path_hash
+
+MOST_PASSED = 100_000
+"""Due steps that one call stands for: a record lists them."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Hook:
       priority: hooks due at one step fire from the highest to the lowest.
       order: number of its registration, which decides between equal priorities.
       reshape: what it brings for the shapes after it.
+      rollback: what it keeps of the state before its fires, or None.
+      on_error: what becomes of its refused fires, or None for what holds for all hooks.
     """
 
     name: str
@@ -34,6 +42,8 @@ class Hook:
     priority: int
     order: int
     reshape: Reshape
+    rollback: Rollback | None = None
+    on_error: str | None = None
 
     def hparams(self) -> dict[str, Any]:
         """What the hook is: "surgery/<hook>/<field>" -> number, string or None."""
@@ -47,15 +57,29 @@ class Hook:
             "when": repr(self.when),
             "opt_state": operation.rules.describe(),
             "fresh": operation.fresh,
-            "guard": operation.guard,
+            "guard": guards.told(operation.guard),
+            **({} if self.rollback is None else {"rollback": repr(self.rollback)}),
+            **({} if self.on_error is None else {"on_error": self.on_error}),
             "priority": self.priority,
         }
         return {f"surgery/{self.name}/{name}": _simple(value) for name, value in fields.items()}
 
     def planned_steps(self, after: int, upto: int) -> tuple[int, ...]:
-        """The due steps in (after, upto] that are known in advance."""
+        """The due steps in (after, upto] that are known in advance.
+
+        Raises:
+          StepError: they are too many to be recorded.
+        """
         planned = self.when.planned
-        return () if planned is None else tuple(planned.due_steps(after, upto))
+        steps = () if planned is None else tuple(itertools.islice(planned.due_steps(after, upto), MOST_PASSED + 1))
+        if len(steps) > MOST_PASSED:
+            raise StepError(
+                f"The call jumps over more than {MOST_PASSED} due steps.",
+                hook=self.name,
+                found=f"step {upto} after {after}",
+                write="the value of state.step, train steps applied so far, and no other counter",
+            )
+        return steps
 
     def next_planned(self, step: int) -> int | None:
         """The first of these after `step`, or None."""
@@ -78,14 +102,23 @@ def find(hooks: Mapping[str, Hook], name: str) -> Hook:
     Raises:
       HookError: there is none.
     """
-    if name not in hooks:
+    check_known(hooks, name)
+    return hooks[name]
+
+
+def check_known(hooks: Collection[str], name: str) -> None:
+    """Raises unless there is a hook of this name.
+
+    Raises:
+      HookError: there is none.
+    """
+    if not isinstance(name, str) or name not in hooks:
         raise HookError(
             "There is no hook of this name.",
-            hook=str(name),
+            hook=shorten(name),
             found=f"hooks {listed(hooks) or 'none'}",
-            write=listed(close_matches(str(name), hooks)) or None,
+            write=listed(close_matches(shorten(name), hooks)) or None,
         )
-    return hooks[name]
 
 
 def check_name(hooks: Iterable[str], name: Any) -> None:
@@ -95,14 +128,16 @@ def check_name(hooks: Iterable[str], name: Any) -> None:
       HookError: it is malformed, or taken.
     """
     if not isinstance(name, str) or not name or not name.replace("_", "a").replace("-", "a").isalnum():
-        raise HookError("A hook's name is made of letters, digits, '_' and '-'.", found=repr(name), write='"head_norm"')
+        raise HookError(
+            "A hook's name is made of letters, digits, '_' and '-'.", found=quoted(name), write='"head_norm"'
+        )
     for other in hooks:
         if other == name or path_hash(other) == path_hash(name):
             raise HookError(
                 "The name is taken."
                 if other == name
                 else "The name has the same hash as another, and so the same keys.",
-                found=repr(other),
+                found=quoted(other),
                 write="another name, or hooks.remove() first",
             )
 

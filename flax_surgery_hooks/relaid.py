@@ -130,7 +130,7 @@ def _restarted(operation: Operation, slot: Slot, old: jax.Array | None, leaf: tu
     dtype = jnp.float32 if old is None else old.dtype
     start: Any = slot.init or 0.0
     if old is not None and old.size and transport.uses_seed(slot.kind) and operation.fresh == "mean":
-        start = (totals([old.astype(jnp.float32)])[0] / old.size).astype(dtype)
+        start = (totals([old.astype(jnp.float32)])[0] / float(old.size)).astype(dtype)
     return jnp.full(slot.shape(leaf), start, dtype)
 
 
@@ -174,4 +174,4 @@ def of_neighbours(held: Mapping[str, jax.Array], path: str) -> jax.Array:
     if not chosen:
         return jnp.asarray(NOTHING)
     total = sum(totals([value.astype(jnp.float32)])[0] for value in chosen)
-    return jnp.reshape(total / sum(value.size for value in chosen), (1,))
+    return jnp.reshape(total / float(sum(value.size for value in chosen)), (1,))

@@ -132,11 +132,17 @@ def opt_state_for(
     for index, (name, leaf) in enumerate(zip(names, jax.tree.leaves(abstract), strict=True)):
         value = moved.get(index, held.get(name))
         if value is None or jnp.shape(value) != leaf.shape:
-            # Only then: it allocates a whole state.
-            made = made or jax.tree.leaves(tx.init(jax.tree.unflatten(params.treedef, params.values)))
+            made = made or _initial_leaves(tx, params, abstract)
             value = made[index]
         leaves.append(value)
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _initial_leaves(tx: Any, params: Leaves, abstract: Any) -> list[Any]:
+    """The leaves of a whole new state; of abstract parameters their shapes, for which nothing is allocated."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in params.values):
+        return jax.tree.leaves(abstract)
+    return jax.tree.leaves(tx.init(jax.tree.unflatten(params.treedef, params.values)))
 
 
 Name = tuple[str, str]

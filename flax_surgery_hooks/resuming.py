@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from flax_surgery_hooks.errors import HookError, ResumeError, StepError, shorten
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.processes import is_first
-from flax_surgery_hooks.traced_hooks import TracedHooks
+from flax_surgery_hooks.undoing import UndoingHooks
 from flax_surgery_hooks.watching import Watching
 
 FORMAT = 1
@@ -74,10 +74,10 @@ class Report:
         return "\n".join([f"goes on after step {self.step}", *map(str, self.changes)])
 
 
-class Resumable(TracedHooks):
+class Resumable(UndoingHooks):
     """The part of `SurgeryHooks` that saves what hooks know, and goes on from it."""
 
-    __slots__ = ("_accepted", "_counts", "_known", "_last", "_past", "_resumed", "_watching")
+    __slots__ = ("_accepted", "_counts", "_known", "_last", "_past", "_resumed", "_saved", "_watching")
 
     _accepted: frozenset[str]
     _counts: dict[tuple[str, int], int]
@@ -85,6 +85,7 @@ class Resumable(TracedHooks):
     _last: int
     _past: dict[str, Any]
     _resumed: int | None
+    _saved: Any
     _watching: Watching
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
@@ -121,10 +122,26 @@ class Resumable(TracedHooks):
             "hooks": {**self._past, **{hook.name: fingerprint.of_hook(hook) for hook in self._ordered()}},
             "watching": self._watching.to_json(),
             "settling": self._settler.to_json(),
+            "kept": self._keeper.to_json(),
             "records": [json.loads(record.to_json()) for record in self.ledger.records],
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any], allow_changes: Collection[str] = ()) -> Report:
+    @property
+    def kept_arrays(self) -> dict[str, Any]:
+        """Old values that a rollback or `undo` may put back, to be saved beside `state_dict()`; empty without any."""
+        return self._keeper.arrays()
+
+    def abstract_kept(self, saved: Mapping[str, Any], state: Any) -> dict[str, Any]:
+        """What `kept_arrays` was when `state_dict` returned this, abstractly, for a state like the one saved with it.
+
+        Raises:
+          StateError: the state has other leaves.
+        """
+        return self._keeper.abstract(saved["kept"], state, self.mirrors)
+
+    def load_state_dict(
+        self, saved: Mapping[str, Any], allow_changes: Collection[str] = (), kept: Mapping[str, Any] | None = None
+    ) -> Report:
         """Goes on from `state_dict()`, once all hooks are added and before anything is called.
 
         The file of the ledger is cut to the saved records; what it has beyond them is kept in a file beside it.
@@ -133,6 +150,7 @@ class Resumable(TracedHooks):
           saved: what `state_dict` returned, possibly through JSON.
           allow_changes: names of hooks that may differ from the saved ones without a warning or an error. The state
             stays what their recorded fires have made of it.
+          kept: what `kept_arrays` was. None lets go of it, with a warning: fires of before cannot be undone then.
 
         Returns:
           How the hooks differ from the saved ones. Those that concern the future alone are logged as warnings.
@@ -147,6 +165,9 @@ class Resumable(TracedHooks):
         self.ledger.resume(records)
         self._watching.from_json(saved["watching"])
         self._settler.from_json(saved["settling"])
+        self._keeper.restored([] if kept is None else saved["kept"], kept or {})
+        if kept is None and saved["kept"] and is_first():
+            logging.warning("Old values of %d fires were not given back: these cannot be undone.", len(saved["kept"]))
         self._counts = {}
         for record in records:
             if record.event == "fired" and record.step is not None:
@@ -160,6 +181,10 @@ class Resumable(TracedHooks):
             for change in (change for change in changes if change.hook not in allow_changes):
                 logging.warning("This run goes on with other hooks: %s.", change)
         return Report(step, tuple(changes))
+
+    def note_checkpoints(self, manager: Any) -> None:
+        """Says where the run is saved, so that an error can name the checkpoint to go back to."""
+        self._saved = manager
 
     def check_state_dict(self, saved: Mapping[str, Any], allow_changes: Collection[str] = ()) -> Report:
         """What `load_state_dict` would return or raise, but for what concerns the ledger's file; changes nothing."""
@@ -240,7 +265,7 @@ def _checked(saved: Any) -> tuple[int | None, tuple[Record, ...]]:
     Raises:
       ResumeError: it is nothing that `state_dict` has returned.
     """
-    keys = ("format", "step", "seed", "python", "hooks", "watching", "settling", "records")
+    keys = ("format", "step", "seed", "python", "hooks", "watching", "settling", "kept", "records")
     missing = [key for key in keys if not isinstance(saved, Mapping) or key not in saved]
     if missing:
         raise _no_state_dict(f"without {listed(missing)}" if isinstance(saved, Mapping) else type(saved).__name__)
@@ -251,9 +276,22 @@ def _checked(saved: Any) -> tuple[int | None, tuple[Record, ...]]:
         raise _no_state_dict(f"step {shorten(step, 40)}")
     kinds = {"hooks": Mapping, "watching": Mapping, "settling": Mapping, "records": list}
     wrong = [name for name, kind in kinds.items() if not isinstance(saved[name], kind)]
-    if wrong or not all(isinstance(hook, Mapping) for hook in saved["hooks"].values()):
-        raise _no_state_dict(f"{listed(wrong or ['hooks'])} of another type")
+    wrong = wrong or [name for name, is_whole in _INSIDE.items() if not is_whole(saved[name])]
+    if wrong:
+        raise _no_state_dict(f"{listed(wrong)} of another type")
     return step, tuple(Record.from_json(json.dumps(record)) for record in saved["records"])
+
+
+def _are_mappings(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
+
+
+_INSIDE: dict[str, Callable[[Any], bool]] = {
+    "hooks": lambda told: _are_mappings(told.values()),
+    "watching": lambda told: all(isinstance(held, list) and _are_mappings(held) for held in told.values()),
+    "settling": lambda told: type(told.get("next_id")) is int,
+}
+"""Whether what is saved under these keys is what it has to be."""
 
 
 def _no_state_dict(found: str) -> ResumeError:

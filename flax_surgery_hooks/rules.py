@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flax_surgery_hooks.errors import RuleError
+from flax_surgery_hooks.errors import RuleError, quoted, shorten
 from flax_surgery_hooks.paths import close_matches
 
 KINDS = ("param", "param_diff", "grad", "grad_sq", "grad_abs", "update", "invariant", "none")
@@ -24,7 +24,7 @@ FRESH = ("mean", "init")
 """What second moments of elements without history start from: the mean of the survivors, or the value of `tx.init`."""
 
 GUARDS = ("finite", "off")
-"""`finite`: a fire that would bring in non-finite values is not applied."""
+"""`finite`: a fire that would bring in non-finite values is not applied. `guards` has the others."""
 
 SlotFunction = Callable[..., Any]
 OptStateRule = str | SlotFunction | Mapping[str, "str | SlotFunction"] | None
@@ -107,8 +107,8 @@ def _checked_rule(rule: Any) -> str | SlotFunction:
 def _check_name(name: Any, known: tuple[str, ...], what: str) -> None:
     if isinstance(name, str) and name in known:
         return
-    likely = close_matches(str(name), known)
-    raise RuleError(f"Unknown {what}.", found=repr(name), write=f"one of {', '.join(likely or known)}")
+    likely = close_matches(shorten(name), known)
+    raise RuleError(f"Unknown {what}.", found=quoted(name), write=f"one of {', '.join(likely or known)}")
 
 
 def _rule_name(rule: str | SlotFunction) -> str:

@@ -17,6 +17,8 @@ import abc
 import bisect
 import dataclasses
 import functools
+import math
+import numbers
 import operator
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, overload
@@ -24,10 +26,18 @@ from typing import TYPE_CHECKING, Any, overload
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks.errors import ScheduleError, StepError, shorten, typed
+from flax_surgery_hooks.errors import ScheduleError, StepError, quoted, shorten, typed
 
 if TYPE_CHECKING:
     from flax_surgery_hooks.watched_schedules import Watched
+
+
+LARGEST_BITS = 256
+"""Of an integer in a schedule: no step comes near, and its digits can still be printed."""
+
+
+MOST_WALKED = 1_000_000
+"""How many due steps of a union are looked at one by one: some seconds."""
 
 
 class Schedule(abc.ABC):
@@ -134,9 +144,15 @@ class Schedule(abc.ABC):
     def _nth_step(self, k: int) -> int | None:
         """The k-th due step, counted from 1, or None if there are fewer."""
         step = self._next(-1)
-        for _ in range(k - 1):
+        for number in range(k - 1):
             if step is None:
                 break
+            if number == MOST_WALKED:
+                raise ScheduleError(
+                    "`max_fires` walks over the due steps of such a schedule, and these are too many.",
+                    found=f"{k} of {self}",
+                    write=f"max_fires={MOST_WALKED} or less, or the `stop` of its parts",
+                )
             step = self._next(step)
         return step
 
@@ -359,9 +375,24 @@ def as_int(value: Any, what: str, write: str) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise ScheduleError(f"{what} must be an integer.", found=typed(value), write=write) from None
+    if number.bit_length() > LARGEST_BITS:
+        raise ScheduleError(f"{what} is larger than any run.", found=quoted(value, 80), write=write)
+    return number
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a real number, no bool, that a float can stand for.
+
+    >>> is_finite(0.5), is_finite(10**400), is_finite(True)
+    (True, False, False)
+    """
+    try:
+        return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _as_bound(value: Any, name: str, n: int) -> int:

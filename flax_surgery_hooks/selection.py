@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 
-from flax_surgery_hooks.errors import SelectionError, UserCodeError, shorten, typed
+from flax_surgery_hooks.errors import SelectionError, UserCodeError, quoted, shorten, typed
 from flax_surgery_hooks.globs import compile_glob, terminated
 from flax_surgery_hooks.layer_index import LayerIndex, without_index
 from flax_surgery_hooks.layers import Layer
@@ -95,7 +95,7 @@ class Regex:
     def __post_init__(self):
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise SelectionError(
                 f"Not a regular expression: {error}.",
                 found=self.describe(),
@@ -328,7 +328,7 @@ def _pattern(text: str, argument: str) -> Term:
     is_regex = text.startswith("re:")
     if not text.removeprefix("re:").strip():
         raise SelectionError(
-            f"{argument} holds an empty pattern.", found=repr(text), write=f"{argument}{_OPEN[argument]}"
+            f"{argument} holds an empty pattern.", found=quoted(text), write=f"{argument}{_OPEN[argument]}"
         )
     return Regex(text.removeprefix("re:")) if is_regex else Glob(text)
 

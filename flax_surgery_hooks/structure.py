@@ -83,23 +83,37 @@ class Reshape:
           UserCodeError: it raised.
           StructureError: it returned something that is no train state.
         """
-        if self.on_reshape is None:
-            return state
-        try:
-            result = self.on_reshape(state, record)
-        except SurgeryError:
-            raise
-        except Exception as error:
-            raise UserCodeError(f"on_reshape raised {type(error).__name__}: {shorten(error)}") from error
-        if result is None:
-            return state
-        if not hasattr(result, "params") or not hasattr(result, "opt_state"):
-            raise StructureError(
-                "on_reshape returned something that is no train state.",
-                found=type(result).__name__,
-                write="the state, or None to leave it",
-            )
-        return result
+        return state if self.on_reshape is None else called_back("on_reshape", self.on_reshape, state, state, record)
+
+
+def called_back(name: str, function: Callable[..., Any], state: Any, *given: Any) -> Any:
+    """What a callback of the trainer makes of a state: another one, or the same if it returns None.
+
+    Args:
+      name: of the callback, for messages.
+      function: the callback.
+      state: the state.
+      *given: what the callback is called with.
+
+    Raises:
+      UserCodeError: it raised.
+      StructureError: it returned something that is no train state.
+    """
+    try:
+        result = function(*given)
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise UserCodeError(f"{name} raised {type(error).__name__}: {shorten(error)}") from error
+    if result is None:
+        return state
+    if not hasattr(result, "params") or not hasattr(result, "opt_state"):
+        raise StructureError(
+            f"{name} returned something that is no train state.",
+            found=type(result).__name__,
+            write="the state, or None to leave it",
+        )
+    return result
 
 
 def shapes(params: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from flax_surgery_hooks.errors import InputError, SurgeryFunctionError, shorten
+from flax_surgery_hooks.errors import InputError, SurgeryFunctionError, quoted, shorten
 from flax_surgery_hooks.paths import listed
 
 RESERVED = ("path", "key", "step", "memory")
@@ -182,7 +182,7 @@ def as_edit(surgery: Any) -> Edit:
     if inspect.isclass(surgery) or not callable(surgery):
         raise SurgeryFunctionError(
             "A surgery is a function of leaves or an object that can be called with them.",
-            found=repr(surgery),
+            found=quoted(surgery),
             write=f"{name}(...), an instance"
             if inspect.isclass(surgery)
             else "a function such as lambda kernel: 2 * kernel",
@@ -192,7 +192,7 @@ def as_edit(surgery: Any) -> Edit:
     if preserves not in PRESERVES:
         raise SurgeryFunctionError(
             f"The surgery {name} declares an unknown `preserves`.",
-            found=repr(preserves),
+            found=quoted(preserves),
             write=f"one of {', '.join(PRESERVES)}",
         )
     fold_back = getattr(surgery, "fold_back", None)

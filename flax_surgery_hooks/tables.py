@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 HEAD = ("Name", "Shape", "Dtype", "Size", "Norm before", "Norm after", "Change", "Changed", "Fresh", "Zeros")
@@ -57,6 +57,26 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> s
     rules = [":--"] * left + ["--:"] * (len(head) - left)
     lines = [_line(head), "|" + "|".join(rules) + "|"]
     return "\n".join([*lines, *map(_line, rows)])
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int]) -> str:
+    """The same for a terminal: columns are as wide as their widest cell; those of the numbers `right` end in line.
+
+    >>> print(aligned(("step", "hook"), [("5", "a"), ("100", "bc")], right=(0,)))
+    | step | hook |
+    |-----:|:-----|
+    |    5 | a    |
+    |  100 | bc   |
+    """
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rules = ["-" * (width + 1) + ":" if i in right else ":" + "-" * (width + 1) for i, width in enumerate(widths)]
+    columns = [
+        [cell.rjust(width) if i in right else cell.ljust(width) for cell in column]
+        for i, (column, width) in enumerate(zip(zip(*lines, strict=True), widths, strict=True))
+    ]
+    written = ["| " + " | ".join(line) + " |" for line in zip(*columns, strict=True)]
+    return "\n".join([written[0], "|" + "|".join(rules) + "|", *written[1:]])
 
 
 def _line(cells: Sequence[str]) -> str:

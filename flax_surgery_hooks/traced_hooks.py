@@ -14,14 +14,16 @@ import jax
 from flax_surgery_hooks import checks, fires, in_graph, memory
 from flax_surgery_hooks.agreement import Agreement
 from flax_surgery_hooks.collecting import Collector
-from flax_surgery_hooks.errors import HookError
+from flax_surgery_hooks.errors import HookError, quoted
 from flax_surgery_hooks.hook_set import HookSet
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.mirrors import Mirrors
 from flax_surgery_hooks.placement import off_mesh
+from flax_surgery_hooks.plan import Plan
+from flax_surgery_hooks.planner import Planner
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.settling import NEVER, Fired, Settler
-from flax_surgery_hooks.steps import check_concrete, checked_step, step_of
+from flax_surgery_hooks.steps import check_concrete, checked_step, planned_from, step_of
 from flax_surgery_hooks.together import fire_due
 from flax_surgery_hooks.train_state import written
 
@@ -37,6 +39,7 @@ class TracedHooks(HookSet):
     _agreement: Agreement
     _collector: Collector
     _settler: Settler
+    _last: int
     _started: bool
     _wake: int
 
@@ -58,7 +61,7 @@ class TracedHooks(HookSet):
           HookError: `fires` is no such number.
         """
         if isinstance(fires, bool) or not isinstance(fires, int) or fires < 0:
-            raise HookError("init(fires=...) is a number of fires.", found=repr(fires), write="hooks.init(state)")
+            raise HookError("init(fires=...) is a number of fires.", found=quoted(fires), write="hooks.init(state)")
         if checks.concrete(state):
             self._agree("hooks.init", state)
         with off_mesh(state):
@@ -75,8 +78,9 @@ class TracedHooks(HookSet):
 
         They do the same to the state as fires on the host, with the same keys. Their figures wait in the state until
         `collect`, or a call of the hooks, reads them. From the first trace on a call leaves these hooks alone, and does
-        what stays on the host: hooks that bring `apply_fn=` or the like, that switch the optimizer, keep histograms, or
-        whose schedule only the host can decide.
+        what stays on the host: hooks that bring `apply_fn=` or the like, that switch the optimizer, keep histograms or
+        old values for a rollback, or whose schedule only the host can decide. Refused fires in graph are recorded, and
+        never repeated, whatever `on_error` says; nor is `on_fire` called.
 
         Args:
           state: the train state after the optimizer's update, traced or not.
@@ -97,6 +101,8 @@ class TracedHooks(HookSet):
         state = memory.observe(state, self._named(), self.seed, inputs)
         state, about = fire_due(state, graphable, self.seed, inputs, self.mirrors, self._collector.lying)
         self._collector.traced |= about
+        for name in about:
+            self._settler.forget(name)
         self._wake = -1  # a call before the trace may have thought that these hooks are the host's
         return written(state)
 
@@ -189,6 +195,41 @@ class TracedHooks(HookSet):
         self._rewake()
         return tuple(one for one in self.ledger.records[known:] if one.event in ("settled", "refused"))
 
+    def plan(self, state: Any, num_steps: int, *, step: int | None = None, **inputs: Any) -> Plan:
+        """What would fire up to a step, on which leaves and slots, and what becomes of their shapes; nothing is run.
+
+        A dry run by `jax.eval_shape`: no array is allocated and no edit compiled (an optimizer of a new structure is
+        probed, as at a first call, on a few elements). What the values of leaves show, such as an edit that mixes
+        elements, and what an `on_reshape=` does, is left to the first call.
+
+        Args:
+          state: the train state, concrete or abstract. It need not have been through `init`.
+          num_steps: train steps of the whole run, the last value of `state.step` that is planned.
+          step: what `state.step` holds; None reads it, which waits for the device, and is 0 where it is abstract. Fires
+            at this step are over, but at step 0 if the hooks have not been called yet.
+          **inputs: whatever surgeries ask for by name. Where one is not given, the plan says so; fires that may change
+            shapes by it are not foreseen.
+
+        Returns:
+          The plan; `print` shows it as a table. Fires that values of the train loop decide are listed as "when ...".
+
+        Raises:
+          SurgeryError: what would be raised at the first call or, of shapes that come later, at a fire.
+
+        >>> import jax.numpy as jnp, optax, flax_surgery_hooks as fsh
+        >>> hooks = fsh.SurgeryHooks()
+        >>> hooks.add("halve", fsh.surgeries.Scale(0.5), params="w", when=fsh.every(2))
+        >>> state = fsh.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.adam(0.1))
+        >>> [(fire.step, fire.hook, fire.paths) for fire in hooks.plan(state, 5).fires()]
+        [(2, 'halve', ('w',)), (4, 'halve', ('w',))]
+        """
+        start = planned_from(state) if step is None else checked_step(step)
+        after = -1 if start == 0 and not self._started else start
+        with off_mesh(()):  # nothing here has values
+            return Planner(self._ordered(), inputs, self.seed, self.mirrors).plan(
+                state, start, after, checked_step(num_steps)
+            )
+
     def flush(self) -> None:
         """Reads the figures of all fires now, which waits for the device, and flushes the writer.
 
@@ -224,8 +265,7 @@ class TracedHooks(HookSet):
         return [hook for hook in self._ordered() if in_graph.why_on_host(hook) is None]
 
     def _gather(self, fired: list[Fired]) -> None:
-        for one in fired:
-            self._settler.fired(one)
+        self._settler.fired(*fired)
 
     def _begin(self, step: int) -> None:
         """Called at the first step that the host sees."""

@@ -42,14 +42,15 @@ class Follow:
         coefficient = self.lineage.coefficient[path]
         if self.in_place:
             return jnp.zeros(coefficient.shape, bool)
-        weights = ones_like(self.lineage.old)
-        if held is not None:
-            weights = {old: one if old in held else jnp.zeros_like(one) for old, one in weights.items()}
-        partly = held is not None and len(held) < len(weights)
+        if held is None or len(held) >= len(self.lineage.old):
+            weights = None  # a tree of ones for each slot of each leaf would take long to trace
+        else:
+            ones = ones_like(self.lineage.old)
+            weights = {old: one if old in held else jnp.zeros_like(one) for old, one in ones.items()}
         if rule == "transport" and self.fold is not None:
             assert self.share is not None
-            return (self.fold(weights) if partly else self.share)[path] == 0
-        return (self.lineage.push(weights)[path] if partly else coefficient) == 0
+            return (self.share if weights is None else self.fold(weights))[path] == 0
+        return (coefficient if weights is None else self.lineage.push(weights)[path]) == 0
 
 
 def follow(
@@ -216,7 +217,7 @@ def mean_of_survivors(moved: jax.Array, fresh: jax.Array, old: jax.Array, init: 
     over = range(moved.ndim - 1)
 
     def mean(count: jax.Array, total: jax.Array, before: jax.Array) -> jax.Array:
-        everywhere = before.sum() / old.size if old.size else jnp.asarray(init, jnp.float32)
+        everywhere = before.sum() / float(old.size) if old.size else jnp.asarray(init, jnp.float32)
         whole = jnp.where(count.sum() > 0, total.sum() / jnp.maximum(count.sum(), 1), everywhere)
         return jnp.where(count > 0, total / jnp.maximum(count, 1), whole)
 

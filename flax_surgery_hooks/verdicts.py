@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks.metrics import Change, FireFigures, table_of
+from flax_surgery_hooks.guards import Function, passes
+from flax_surgery_hooks.metrics import FIELDS, Change, FireFigures, table_of
 from flax_surgery_hooks.perform import Edited
 
 
@@ -20,12 +21,14 @@ class Verdict(NamedTuple):
     """What the first pass over all units of a fire says.
 
     Attributes:
-      ok: whether the fire makes no value non-finite that was finite.
+      ok: whether the fire makes no value non-finite that was finite, and the guard's function lets its figures through.
+      finite: the first of these alone.
       figures: `FireFigures.compute_flat`.
       leaves: `metrics.table_of` all leaves.
     """
 
     ok: Any
+    finite: Any
     figures: dict[str, Any]
     leaves: Any
 
@@ -36,25 +39,40 @@ def rows_of(edited: Edited) -> jax.Array:
     return jnp.stack([jnp.stack(jax.tree.leaves(change)) for change in changes])
 
 
-def judge(units: Sequence[jax.Array]) -> Verdict:
-    """Verdict and figures of a fire, of the rows of its units; traced or concrete."""
+def judge(units: Sequence[jax.Array], guard: Function | None = None) -> Verdict:
+    """Verdict and figures of a fire, of the rows of its units; traced or concrete.
+
+    Args:
+      units: `rows_of` each.
+      guard: a function of figures that has to let them through too, or None.
+
+    Raises:
+      UserCodeError, RuleError: see `guards.passes`.
+    """
     leaves = Change(*jnp.concatenate([rows[:-2] for rows in units]).T)
     slots, memory = (Change(*jnp.stack([rows[place] for rows in units]).sum(0)) for place in (-2, -1))
     params = jax.tree.map(jnp.sum, leaves)
-    ok = params.merge(slots).merge(memory).nonfinite_new == 0
-    return Verdict(ok, FireFigures.of(params, slots).compute_flat(), table_of(leaves))
+    finite = params.merge(slots).merge(memory).nonfinite_new == 0
+    figures = FireFigures.of(params, slots).compute_flat()
+    ok = finite if guard is None else finite & passes(guard, figures)
+    return Verdict(ok, finite, figures, table_of(leaves))
 
 
-_judge_jitted = jax.jit(judge)
+def row_of(verdict: Verdict) -> jax.Array:
+    """`ok` and `finite` as one more row of figures, float32 [1, fields]."""
+    return jnp.zeros((1, FIELDS), jnp.float32).at[0, :2].set(jnp.stack([verdict.ok, verdict.finite]))
+
+
+_judge_jitted = jax.jit(judge, static_argnums=1)
 
 
 def judged(units: Sequence[Any]) -> Verdict:
     """`judge` of the units of a fire as the host has read them, by the program that judges fires on the host."""
-    return _judge_jitted(list(map(jnp.asarray, units)))
+    return _judge_jitted(list(map(jnp.asarray, units)), None)
 
 
-def verdict(units: Sequence[jax.Array]) -> Verdict:
+def verdict(units: Sequence[jax.Array], guard: Function | None = None) -> Verdict:
     """`judge` of the units of a fire, on their device; read by the host if they live on different ones."""
     if len({frozenset(rows.devices()) for rows in units}) > 1:
-        return jax.device_get(judge(jax.device_get(units)))
-    return _judge_jitted(list(units))
+        return jax.device_get(judge(jax.device_get(units), guard))
+    return _judge_jitted(list(units), guard)

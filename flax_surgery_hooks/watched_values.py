@@ -177,4 +177,10 @@ def read(value: Any, path: str, *, integral: bool, where: Site) -> float:
     if isinstance(value, jax.Array):
         _check_alive(value, path)
         value = jax.device_get(value) if where.far else np.asarray(value)
-    return operator.index(value) if integral else float(value)
+    try:
+        number = float(value)  # of a count as well: one that no float can stand for is none
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{path!r} is too large for a number, or none.", found=typed(value), write="the metric or count itself"
+        ) from error
+    return operator.index(value) if integral else number

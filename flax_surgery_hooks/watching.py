@@ -100,7 +100,7 @@ class Watch:
         try:
             waiting = [(int(due), int(of), number_from_json(value)) for due, of, value in saved["waiting"]]
             state = saved["state"]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise ScheduleError(
                 f"This is not what was saved of {self._schedule!r}.",
                 hook=self._hook,

@@ -322,7 +322,49 @@ def dies_later(out, port, rank, count):
     return {"went": "on"}
 
 
+def shards_of(state, path):
+    """The parts that this process has of a leaf and of its slots."""
+    held = (state.params, state.opt_state[0].mu, state.opt_state[0].nu)
+    parts = [shard.data for tree in held for shard in tree["exact"][path].addressable_shards]
+    return [np.array(part).tobytes() for part in parts]
+
+
+def put_back(out, port, rank, count):
+    """Fires whose old values are kept on the devices, on the hosts, and for `undo`; and one that a guard refuses."""
+    hooks = fsh.SurgeryHooks(agree_secs=60, on_error="skip")
+    for path, to in (("plain", "device"), ("scaled", "host")):
+        rollback = fsh.Rollback(20, metric="loss", above=5.0, lag=1, to=to)
+        hooks.add(path, halve, params=f"exact/{path}", when=fsh.at(2), rollback=rollback, guard="params/fresh < 1")
+    hooks.add("reset", halve, params="exact/reset", when=fsh.at(3), rollback=fsh.Rollback(20, to="host"))
+    hooks.add("noisy", halve, params="exact/noisy", when=fsh.at(3), guard="params/relative_change < 0.4")
+    connect(port, rank, count)
+    state, step, seen = whole(fresh_state()), make_plain_step(), {}
+    for i in range(1, 7):
+        state = step(state)
+        seen[i] = {path: shards_of(state, path) for path in EXACT}
+        state = hooks(i, state, metrics={"loss": whole(np.float32(9.0 if i == 4 else 1.0))})
+        seen[i, "after"] = {path: shards_of(state, path) for path in EXACT}
+    undone = hooks.undo(state, 6)
+    hooks.flush()
+    return {
+        "rolled_back": [seen[5, "after"][path] == seen[2][path] for path in ("plain", "scaled")],
+        "others": [seen[5, "after"][path] == seen[5][path] for path in ("reset", "averaged")],
+        "undone": shards_of(undone, "reset") == seen[3]["reset"] != seen[6, "after"]["reset"],
+        "refused": seen[3, "after"]["noisy"] == seen[3]["noisy"],
+        "events": [[one.event, one.hook, one.step] for one in hooks.ledger.records if one.event != "run"],
+        "arrays": sorted(hooks._keeper.arrays()),
+    }
+
+
+def make_plain_step():
+    def step(state):
+        return state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params))
+
+    return jax.jit(step, donate_argnums=0)
+
+
 SCENARIOS = {
+    "put_back": put_back,
     "train": train,
     "slow": lambda *where: train(*where, slow_secs=5.0),
     "dies_later": dies_later,

@@ -60,7 +60,7 @@ def make_hooks(ledger: Any = None, leave_out: tuple[str, ...] = (), **kwargs: An
     hooks = fsh.SurgeryHooks(seed=3, ledger=ledger, **kwargs)
     above = fsh.on_metric("loss", above=0.0, cooldown=4, lag=2)
     hooks.add("noise", fsh.surgeries.Noise(0.01), params="**/kernel", when=fsh.every(3))
-    hooks.add("pull", Average(), params="Dense_1/*", when=fsh.at(5, 9, 15))
+    hooks.add("pull", Average(), params="Dense_1/*", when=fsh.at(5, 9, 15), figures=False, guard="off")
     hooks.add("grow", double, params=HIDDEN, when=fsh.at(7), opt_state="carry", apply_fn=Mlp(16).apply)
     hooks.add("switch", fsh.surgeries.SwitchOptimizer(momentum()), params="**", when=fsh.at(13))
     hooks.add("calm", fsh.surgeries.Scale(0.9), params="Dense_0/kernel", when=above)

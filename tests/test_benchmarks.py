@@ -29,6 +29,7 @@ def table():
         ("temporaries of ", 3),
         ("first fire, ", 1),
         ("later fires, ", 1),
+        ("plan of ", 1),
     ],
 )
 def test_every_row_is_there_with_a_figure_and_a_bound(table, row, count):

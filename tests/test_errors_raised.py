@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import fuzz_cases
 import jax
 import jax.numpy as jnp
 import memory_cases
@@ -25,14 +26,15 @@ from tiny import MOMENTUM, halve, make_hooks, make_state
 import flax_surgery_hooks as fsh
 from flax_surgery_hooks import errors as e
 from flax_surgery_hooks import slot_registry, slots
-from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, ResetMoments, Scale
+from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, ResetMoments, Scale, SetHyperparams
 
-ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapters", "agreement", "checkpoint",
+ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapters", "agreement", "checkpoint", "cli",
              "config", "config_export", "config_fields", "config_hook", "config_reading", "config_registry",
-             "config_writing", "count_schedules", "derived_schedules", "errors", "fingerprint", "freezable", "globs",
-             "in_graph", "layer_index", "layer_slots", "ledger_files", "ledger_lines", "metric_schedules", "mirrors",
-             "optimizer", "optimizer_edits", "optimizer_state", "paths", "placement", "processes", "resuming",
-             "rewarm", "schedules", "selection", "slot_edits", "slot_gain", "switching", "targets", "traced_hooks",
+             "config_writing", "count_schedules", "derived_schedules", "errors", "failing", "fingerprint",
+             "freezable", "globs", "guards", "in_graph", "keeping", "kept_leaves", "layer_index", "layer_slots",
+             "ledger_files", "ledger_lines", "metric_schedules", "mirrors", "optimizer", "optimizer_edits",
+             "optimizer_state", "paths", "placement", "processes", "resuming", "rewarm", "rollback", "schedules",
+             "selection", "slot_edits", "slot_gain", "switching", "targets", "traced_hooks", "trainers",
              "watched_schedules", "watched_values", "watching", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
@@ -189,6 +191,7 @@ CASES = {
     "raising_later": Case(raising_later, e.UserCodeError, ("raised ValueError: no luck",), A | W | {"step": 3}),
     **memory_cases.CASES,
     **path_cases.CASES,
+    **{f"found_{name}": case for name, case in fuzz_cases.CASES.items()},
     "no_dict": Case(on_plain(of_leaves(lambda leaves: None)), FUNCTION,
                     ("with the paths it was given: w", "Found: NoneType"), W),
     "no_return": Case(on_plain(lambda w: None), FUNCTION, ("must return an array", "is a `return` missing?"), W),
@@ -270,6 +273,14 @@ CASES = {
                       ("does not divide over the leaf's mesh", "axis 0 of size 15 over 'd', 8 shards"), W),
     "no_key": Case(on_plain(lambda w, key: w), e.InputError, ("draws random numbers", "key=jax.random.key(0)")),
     "not_finite": Case(on_plain(lambda w: w / 0), e.RefusedError, ("2 non-finite values", "guard='off'")),
+    "guarded": Case(on_plain(halve, guard="params/sparsity > 0"), e.RefusedError,
+                    ("was refused by its guard params/sparsity > 0.0", "Found: params/sparsity 0")),
+    "guarded_optimizer": Case(on_plain(SetHyperparams({"lr": 1.0}), guard="params/sparsity > 0"), RULE,
+                              ("edits the optimizer as a whole", "guard=params/sparsity > 0.0")),
+    "saved_fires": Case(lambda: make_hooks(halve)._settler.from_json({}), STATE, ("not what was saved of the fires",)),
+    "rollback": Case(by_hook(rollback=9), HOOK, ("`rollback=` is no `fsh.Rollback`", "Found: int 9"), A),
+    "rollback_of_shapes": Case(by_hook(rollback=fsh.Rollback(9), apply_fn=cut), HOOK,
+                               ("may change the structure", "Found: apply_fn="), A),
     "reserved": Case(by_hook(inputs={"key": 1}), e.InputError, ("'key' is reserved", "my_key=..."), A),
     "unhashable": Case(by_hook(lambda w, x: w, inputs={"x": {"a"}}), e.InputError, ("'x' is neither", "Found: set"), A),
     "refused": Case(refused, e.RefusedError, ("refused", "2 in params, 0 in slots"), A | W | {"step": 1}),

@@ -13,12 +13,13 @@ import sys
 from typing import Any
 
 import event_files
-import jax
 import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+
+import flax_surgery_hooks as fsh
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEAD_NORM_STEPS = [200, 400, 600]
@@ -110,16 +111,15 @@ class TestArtefacts:
     def test_checkpoint_restores_to_the_accuracy_of_the_run(self, done, digits):
         workdir, _ = done
         config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("fast")
-        state = digits.create_state(config)
-        template = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+        init_fn, hooks = digits.for_surgery(config)
         with ocp.CheckpointManager(workdir / "checkpoints") as manager:
             assert manager.latest_step() == 750
-            restored = manager.restore(750, args=ocp.args.StandardRestore(template))
-        assert int(restored["step"]) == 750
-        assert jax.tree.structure(restored) == jax.tree.structure(template)
+            restored = fsh.checkpoint.restore(manager, init_fn, hooks)
+        assert int(restored.step) == 750
+        assert [record.step for record in hooks.ledger.records if record.event == "fired"] == [200, 300, 400, 500, 600]
         step, recorded = event_files.read_scalars(workdir)["test/accuracy"][-1]
         assert step == 750
-        _, accuracy = digits.evaluate(state.replace(**restored), digits.load_data()[1])
+        _, accuracy = digits.evaluate(restored, digits.load_data()[1])
         assert float(accuracy) == pytest.approx(recorded, abs=1e-6)
 
     def test_picture_shows_each_hook_in_its_colour(self, done, digits):

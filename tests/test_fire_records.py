@@ -167,7 +167,7 @@ def test_the_ledger_file_holds_every_record_as_it_is_written(tmp_path):
     path.mkdir()  # as good a reason as any that it cannot be written
     with pytest.raises(LedgerError, match="The ledger cannot be written"):
         hooks(3, state)
-    assert (seen[-1], hooks.ledger.records[-1].event) == ("settled", "fired")  # kept in memory
+    assert hooks.ledger.records[-1].event == "settled"  # the call can be made again, and leaves no record twice
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), NAN])

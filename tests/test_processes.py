@@ -138,6 +138,18 @@ def test_records_are_the_same_on_both_and_those_of_one_process(two, single):
         assert ours[3] == pytest.approx(theirs[3], rel=1e-4, abs=1e-6)
 
 
+def test_what_is_kept_is_put_back_on_every_process(ran):
+    first, second = finished(ran("put_back")).told
+    assert first == second
+    assert first.pop("events") == [
+        ["fired", "plain", 2], ["fired", "scaled", 2], ["fired", "reset", 3], ["fired", "noisy", 3],
+        ["rolled_back", "scaled", 5], ["rolled_back", "plain", 5],
+        ["settled", "plain", 2], ["settled", "scaled", 2], ["undone", "reset", 6],
+        ["settled", "reset", 3], ["refused", "noisy", 3],
+    ]  # fmt: skip
+    assert first == {"rolled_back": [True, True], "others": [True, True], "undone": True, "refused": True, "arrays": []}
+
+
 def test_the_first_process_alone_writes(two):
     assert [(two.out / f"{rank}.jsonl").exists() for rank in (0, 1)] == [True, False]
     lines = [json.loads(line) for line in (two.out / "0.jsonl").read_text().splitlines()]

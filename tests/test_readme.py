@@ -118,7 +118,7 @@ def test_shell_commands_name_files_and_extras_that_exist(command):
     for name in re.findall(r"\[(\w+)\]", command):
         assert name in extras
     for word in words:
-        path = word.removeprefix("--config=").partition(":")[0]
+        path = re.sub(r"^--(config|trainer)=", "", word).partition(":")[0]
         if path.endswith(".py"):
             assert (ROOT / path).is_file(), path
     is_script = "/" in words[0] and os.access(ROOT / words[0], os.X_OK)
@@ -129,6 +129,6 @@ def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
         if target.startswith("#"):
             headings = re.findall(r"^## (.+)$", TEXT, re.MULTILINE)
-            assert target[1:] in [heading.lower().replace(" ", "-") for heading in headings]
+            assert target[1:] in [heading.lower().replace(",", "").replace(" ", "-") for heading in headings]
         else:
             assert (ROOT / target).is_file(), target

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks.errors import SurgeryFunctionError
+from flax_surgery_hooks.errors import SurgeryFunctionError, quoted
 
 Axis = int | tuple[int, ...] | None
 
@@ -115,7 +116,9 @@ def _norm(leaf: jax.Array, axis: Axis) -> jax.Array:
 
 
 def _check_number(surgery: str, field: str, value: Any, positive: bool = True) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
-        raise SurgeryFunctionError(f"{surgery}({field}=...) must be a finite number.", found=repr(value))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise SurgeryFunctionError(f"{surgery}({field}=...) must be a finite number.", found=quoted(value))
     if positive and value <= 0:
-        raise SurgeryFunctionError(f"{surgery}({field}=...) must be positive.", found=repr(value), write=f"{field}=1.0")
+        raise SurgeryFunctionError(
+            f"{surgery}({field}=...) must be positive.", found=quoted(value), write=f"{field}=1.0"
+        )

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks.errors import InputError, SlotError, SurgeryFunctionError
+from flax_surgery_hooks.errors import InputError, SlotError, SurgeryFunctionError, quoted
 from flax_surgery_hooks.paths import close_matches, listed
 from flax_surgery_hooks.rules import KINDS
 from flax_surgery_hooks.slot_edits import SlotValue
@@ -55,13 +55,13 @@ class ResetMoments:
             if kind not in KINDS[:-1]:
                 raise SurgeryFunctionError(
                     "ResetMoments(kinds=...) names a kind of slot that does not exist.",
-                    found=repr(kind),
+                    found=quoted(kind),
                     write=listed(close_matches(str(kind), KINDS[:-1])) or f"some of {', '.join(KINDS[:-1])}",
                 )
         fraction = self.fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
             raise SurgeryFunctionError(
-                "ResetMoments(fraction=...) is a number from 0 to 1.", found=repr(fraction), write="fraction=0.9"
+                "ResetMoments(fraction=...) is a number from 0 to 1.", found=quoted(fraction), write="fraction=0.9"
             )
         if self.by not in ("all", "magnitude", "random") or (self.by == "all" and fraction < 1):
             raise SurgeryFunctionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_surgery_hooks.errors import SlotError, StateError, SurgeryFunctionError, typed
+from flax_surgery_hooks.errors import SlotError, StateError, SurgeryFunctionError, quoted, typed
 from flax_surgery_hooks.optax.freezable import FreezableState
 from flax_surgery_hooks.optax.rewarm import RewarmState
 from flax_surgery_hooks.optimizer_edits import Optimizer
@@ -48,14 +49,14 @@ class SetHyperparams:
         if not isinstance(self.hyperparams, dict) or not self.hyperparams:
             raise SurgeryFunctionError(
                 "SetHyperparams takes hyperparameters by name.",
-                found=repr(self.hyperparams),
+                found=quoted(self.hyperparams),
                 write='SetHyperparams({"learning_rate": 0.01})',
             )
         for name, value in self.hyperparams.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                 raise SurgeryFunctionError(
                     f"SetHyperparams needs a finite number for {name!r}.",
-                    found=repr(value),
+                    found=quoted(value),
                     write="fsh.optax.rewarm or a schedule in the optimizer, for values that depend on the step"
                     if callable(value)
                     else f"{{{name!r}: 0.01}}",
@@ -142,7 +143,7 @@ class Thaw:
     def __post_init__(self):
         if self.first_moments not in ("keep", "reset"):
             raise SurgeryFunctionError(
-                "Thaw(first_moments=...) is unknown.", found=repr(self.first_moments), write='"keep" or "reset"'
+                "Thaw(first_moments=...) is unknown.", found=quoted(self.first_moments), write='"keep" or "reset"'
             )
 
     def edit_optimizer(self, optimizer: Optimizer, /) -> Optimizer:
@@ -276,7 +277,7 @@ class SwitchOptimizer:
             raise SurgeryFunctionError("SwitchOptimizer(carry=...) is True or False.", found=typed(self.carry))
         if self.count not in ("carry", "restart"):
             raise SurgeryFunctionError(
-                "SwitchOptimizer(count=...) is unknown.", found=repr(self.count), write='"carry" or "restart"'
+                "SwitchOptimizer(count=...) is unknown.", found=quoted(self.count), write='"carry" or "restart"'
             )
 
     def edit_optimizer(self, optimizer: Optimizer, /) -> Optimizer:

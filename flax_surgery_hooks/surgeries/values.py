@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks.errors import SurgeryFunctionError
+from flax_surgery_hooks.errors import SurgeryFunctionError, quoted
 from flax_surgery_hooks.paths import close_matches, flatten, listed
 from flax_surgery_hooks.surgery import key_for
 
@@ -34,8 +35,12 @@ class Noise:
     preserves: ClassVar[str] = "nothing"
 
     def __post_init__(self):
-        if isinstance(self.std, bool) or not isinstance(self.std, int | float) or not 0 <= self.std < float("inf"):
-            raise SurgeryFunctionError("Noise(std=...) must be a finite number of at least 0.", found=repr(self.std))
+        if (
+            isinstance(self.std, bool)
+            or not isinstance(self.std, int | float)
+            or not 0 <= self.std <= sys.float_info.max
+        ):
+            raise SurgeryFunctionError("Noise(std=...) must be a finite number of at least 0.", found=quoted(self.std))
 
     def __call__(self, leaf: jax.Array, key: jax.Array) -> jax.Array:
         """The edited leaf."""
