@@ -25,8 +25,8 @@ from lm_model import Partitioning
 from lm_ngram import NGram
 from lm_train import (
     batch_sharding,
-    create_state,
     hook_objects,
+    initial_state,
     make_evaluate,
     make_partitioning,
     make_train_step,
@@ -114,14 +114,14 @@ class Curve:
 def make_hooks(
     config: ml_collections.ConfigDict, partitioning: Partitioning, writer: Any, ledger: pathlib.Path | None
 ) -> fsh.SurgeryHooks:
-    """The hooks of the config; without a ledger, as in all processes but the first, they tell nothing."""
+    """The hooks of the config; of several processes the first one shows what fires."""
     return fsh.SurgeryHooks.from_config(
         config.surgery,
         seed=config.seed,
         objects=hook_objects(config, partitioning),
         writer=writer,
         ledger=ledger,
-        on_record=None if ledger is None else show,
+        on_record=show if jax.process_index() == 0 else None,
     )
 
 
@@ -136,37 +136,19 @@ def show(record: fsh.Record) -> None:
 
 
 def read_fires(ledger: pathlib.Path) -> list[tuple[int, str]]:
-    """(step, hook) of all fires, those that a resumed run repeated once."""
-    records = map(json.loads, ledger.read_text().splitlines())
-    return sorted({(record["step"], record["hook"]) for record in records if record["event"] == "settled"})
+    """(step, hook) of all fires, also those before the run was cut off."""
+    return [(record.step or 0, record.hook) for record in fsh.Ledger.read(ledger) if record.event == "settled"]
 
 
 # Checkpoints
 
 
 def open_checkpoints(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ocp.CheckpointManager:
-    """The last checkpoints of a run. Saving waits, since the next train step takes the state's memory."""
+    """The last checkpoints of a run, which are written while it goes on."""
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=config.checkpoints_kept,
-        save_interval_steps=config.checkpoint_every,
-        enable_async_checkpointing=False,
+        max_to_keep=config.checkpoints_kept, save_interval_steps=config.checkpoint_every
     )
     return ocp.CheckpointManager(workdir / "checkpoints", options=options)
-
-
-def arrays_of(state: fsh.TrainState) -> dict[str, Any]:
-    """What a checkpoint holds; the model and the optimizer are code."""
-    arrays = {"step": state.step, "params": state.params, "opt_state": state.opt_state, "surgery": state.surgery}
-    return {name: value for name, value in arrays.items() if value is not None}
-
-
-def restored(manager: ocp.CheckpointManager, state: fsh.TrainState) -> tuple[int, fsh.TrainState]:
-    """Train steps applied so far, and the last checkpoint under the shardings of `state`; or that state, at step 0."""
-    step = manager.latest_step()
-    if step is None:
-        return 0, state
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays_of(state))
-    return step, state.replace(**manager.restore(step, args=ocp.args.StandardRestore(template)))
 
 
 # Training
@@ -177,13 +159,13 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[fsh
     is_first = jax.process_index() == 0
     partitioning, data = make_partitioning(config), load_data(config)
     writer = fsh.metrics.create_default_writer(workdir, just_logging=not is_first)
-    hooks = make_hooks(config, partitioning, writer, workdir / "ledger.jsonl" if is_first else None)
-    state = hooks.init(create_state(config, partitioning))
-    train_step = make_train_step(state, hooks, partitioning)
-    evaluate = make_evaluate(state, partitioning, config.batch_size)
+    hooks = make_hooks(config, partitioning, writer, workdir / "ledger.jsonl")
     sharding, parts = batch_sharding(partitioning), microbatches(config)
     with open_checkpoints(config, workdir) as checkpoints:
-        done, state = restored(checkpoints, state)
+        state = hooks.init(fsh.checkpoint.restore(checkpoints, initial_state(config, partitioning), hooks))
+        done = int(state.step)
+        train_step = make_train_step(state, hooks, partitioning)
+        evaluate = make_evaluate(state, partitioning, config.batch_size)
         curve = Curve(workdir / "curve.jsonl" if is_first else None, done)
         pending: list[jax.Array] = []  # losses still on the device: reading one would wait for its step
         steps = range(done, config.num_steps)
@@ -203,7 +185,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[fsh
                 pending = []
                 writer.write_scalars(step + 1, {"train/bits": curve.rows[-1]["train"], "held_out/bits": held_out})
                 bar.set_postfix(train=f"{curve.rows[-1]['train']:.3f}", held_out=f"{held_out:.3f}")
-            checkpoints.save(step + 1, args=ocp.args.StandardSave(arrays_of(state)), force=is_last)
+            fsh.checkpoint.save(checkpoints, step + 1, state, hooks, force=is_last)
         hooks.flush()
     writer.close()
     scores = {"lm/held_out": float(evaluate(state, data.held_out.tokens).mean())}

@@ -96,18 +96,25 @@ def hook_objects(config: ml_collections.ConfigDict, partitioning: Partitioning) 
     return {"init": lambda key: nn.unbox(init_boxed(model, key))}
 
 
-def create_state(config: ml_collections.ConfigDict, partitioning: Partitioning) -> fsh.TrainState:
-    """Params and optimizer state at step 0, made where they belong: no device ever holds more than its part."""
+def initial_state(config: ml_collections.ConfigDict, partitioning: Partitioning) -> Callable[[], fsh.TrainState]:
+    """Makes params and optimizer state at step 0, where they belong: no device ever holds more than its part.
+
+    It is jitted, and so tells a checkpoint that is restored what goes where without making anything.
+    """
     model, tx = make_model(config, partitioning), make_optimizer(config)
 
-    def init(key: jax.Array) -> fsh.TrainState:
-        params = init_boxed(model, key)
+    def init() -> fsh.TrainState:
+        params = init_boxed(model, jax.random.key(config.seed))
         return fsh.TrainState.create(apply_fn=model.apply, params=params, tx=tx).replace(step=jnp.zeros((), jnp.int32))
 
-    key = jax.random.key(config.seed)
-    specs = nn.get_partition_spec(jax.eval_shape(init, key))  # by the logical names in the boxes around parameters
+    specs = nn.get_partition_spec(jax.eval_shape(init))  # by the logical names in the boxes around parameters
     shardings = logical_to_mesh_sharding(specs, partitioning.mesh, list(partitioning.rules))
-    return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=shardings)(key)
+    return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)
+
+
+def create_state(config: ml_collections.ConfigDict, partitioning: Partitioning) -> fsh.TrainState:
+    """The initial state."""
+    return initial_state(config, partitioning)()
 
 
 def shardings_of(state: Any) -> Any:

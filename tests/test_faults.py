@@ -208,9 +208,9 @@ def test_a_clock_that_goes_backwards(tmp_path, monkeypatch):
         expected = train(hooks, make_state(), 6, manager)
         manager.wait_until_finished()
         again = make_hooks(ledger=tmp_path / "ledger.jsonl")
-        state = train(again, fsh.checkpoint.restore(manager, make_state, again, step=3), 6)
-    again.flush()
-    hooks.flush()
+        state = fsh.checkpoint.restore(manager, make_state, again, step=3)
+    with ocp.CheckpointManager(tmp_path / "others") as manager:
+        state = train(again, state, 6, manager)
     assert_whole(state, values(expected))
     told = [
         [(one.event, one.step, one.hook) for one in each.ledger.records if one.event != "run"]
