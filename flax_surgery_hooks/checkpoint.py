@@ -100,7 +100,8 @@ def restore(
 ) -> Any:
     """The train state of a checkpoint, and the hooks as they were: the run goes on as if it had not been cut off.
 
-    Once all hooks are added and before anything is called. The ledger's file is cut to the checkpoint's.
+    Once all hooks are added and before anything is called. The ledger's file is cut to the checkpoint's; without one,
+    what it holds is moved to a file beside it as a whole.
 
     Args:
       manager: of the directory that `save` wrote into.
@@ -122,6 +123,8 @@ def restore(
     """
     at = manager.latest_step() if step is None else step
     if at is None:
+        if not hooks.ledger.records:
+            hooks.ledger.resume(())  # of a run that was cut off before its first checkpoint
         state = init() if callable(init) else init
         return hooks.init(state, fires=0)
     if at not in manager.all_steps():

@@ -29,6 +29,8 @@ AIMED = ("step", "fire", "save", "ledger")
 LIMIT_SECS = 600
 _LATEST = {"restore": 1, "step": 9, "fire": 5, "save": 4, "ledger": 12}
 """A kill comes at one of so many first occurrences, so that most starts reach a checkpoint or two and some none."""
+_FIRST_SECS = {"restore": 0.3}
+"""How long a phase may take that has not ended yet in this process."""
 
 
 class Run(NamedTuple):
@@ -208,7 +210,7 @@ def _killed(session: Session, given: Aim, rng: np.random.Generator) -> Kill | No
         if mark.count(aim) < wanted:
             time.sleep(0.0005)
             continue
-        time.sleep(rng.uniform(0, mark.secs(aim) or 0.02))
+        time.sleep(rng.uniform(0, mark.secs(aim) or _FIRST_SECS.get(aim, 0.02)))
         if _stopped(process):
             inside = mark.inside()
             if aim in inside:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 from resumed import (
     HIDDEN,
@@ -317,3 +318,28 @@ def test_a_scanned_run_goes_on(tmp_path):
     end = scan(again, state, 16)
     assert_same(end, expected)
     assert facts(again) == facts(hooks)
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_begins_its_ledger_anew(tmp_path):
+    """Found by kills in the first save: the file had records that no checkpoint knew, and the next start refused it."""
+    ledger = tmp_path / "ledger.jsonl"
+
+    def begun():
+        return tiny.make_hooks(tiny.halve, ledger=ledger)
+
+    lost = begun()
+    lost(2, lost(1, tiny.make_state(1)).replace(step=2))
+    held = ledger.read_bytes()
+    with open_manager(tmp_path / "checkpoints") as manager:
+        hooks = begun()
+        state = fsh.checkpoint.restore(manager, tiny.make_state(0), hooks)
+        assert (tmp_path / "ledger.jsonl.tail-1").read_bytes() == held
+        state = hooks(1, state.replace(step=1))
+        fsh.checkpoint.save(manager, 1, state, hooks)
+        manager.wait_until_finished()
+        again = begun()
+        state = fsh.checkpoint.restore(manager, tiny.make_state(0), again)
+    again(2, state.replace(step=2))
+    again.flush()
+    fired = [record.step for record in fsh.Ledger.read(ledger) if record.event == "fired"]
+    assert fired == [1, 2]
