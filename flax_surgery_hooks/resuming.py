@@ -162,12 +162,12 @@ class Resumable(UndoingHooks):
           HookError: the hooks have been called.
         """
         step, records, changes = self._compared(saved, allow_changes)
-        self.ledger.resume(records)
         self._watching.from_json(saved["watching"])
         self._settler.from_json(saved["settling"])
         self._keeper.restored([] if kept is None else saved["kept"], kept or {})
         if kept is None and saved["kept"] and is_first():
             logging.warning("Old values of %d fires were not given back: these cannot be undone.", len(saved["kept"]))
+        self.ledger.resume(records)  # last of what can fail, as it changes the file
         self._counts = {}
         for record in records:
             if record.event == "fired" and record.step is not None:

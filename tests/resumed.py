@@ -64,6 +64,8 @@ def make_hooks(ledger: Any = None, leave_out: tuple[str, ...] = (), **kwargs: An
     hooks.add("grow", double, params=HIDDEN, when=fsh.at(7), opt_state="carry", apply_fn=Mlp(16).apply)
     hooks.add("switch", fsh.surgeries.SwitchOptimizer(momentum()), params="**", when=fsh.at(13))
     hooks.add("calm", fsh.surgeries.Scale(0.9), params="Dense_0/kernel", when=above)
+    hooks.add("careful", fsh.surgeries.Scale(0.5), params="Dense_0/bias", when=fsh.at(14),
+              rollback=fsh.Rollback(6, metric="loss", above=-1.0, lag=4))  # fmt: skip  # left at once, seen at 19
     for name in leave_out:
         hooks.remove(name)
     return hooks

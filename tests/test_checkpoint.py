@@ -123,6 +123,32 @@ def test_nothing_is_there_yet(tmp_path):
         assert fsh.checkpoint.save(manager, 0, state, hooks)
 
 
+def test_a_rollback_comes_after_a_restore():
+    """Cut off at 16, between the fire and its rollback: what was kept of it is in the checkpoint."""
+    _, reference, directory = uncut()
+    told = [(one.event, one.step) for one in reference.ledger.records if one.hook == "careful"]
+    assert [event for event, _ in told] == ["fired", "settled", "rolled_back"]
+    assert told[-1][1] > 16
+    hooks = make_hooks()
+    with open_manager(f"{directory}/checkpoints") as manager:
+        fsh.checkpoint.restore(manager, initial(hooks), hooks, step=16)
+        saved = manager.restore(16, args=ocp.args.Composite(surgery=ocp.args.JsonRestore()))["surgery"]["hooks"]
+    assert set(hooks.kept_arrays) == {str(one["id"]) for one in saved["kept"]} != set()
+    assert "careful" in {one["hook"] for one in saved["kept"]}
+
+
+def test_items_of_the_trainer_are_in_the_same_commit(tmp_path):
+    hooks = make_hooks()
+    with open_manager(tmp_path / "checkpoints") as manager:
+        state = run(hooks, create(hooks), 1)
+        items = {"data": ocp.args.JsonSave({"position": 7})}
+        assert fsh.checkpoint.save(manager, 1, state, hooks, items=items, metrics={"loss": 1.0})
+        manager.wait_until_finished()
+        again = make_hooks()
+        assert_same(fsh.checkpoint.restore(manager, initial(again), again), state)
+        assert manager.restore(1, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"] == {"position": 7}
+
+
 def test_a_save_comes_after_the_call_of_its_step(tmp_path):
     hooks = make_hooks()
     with open_manager(tmp_path / "checkpoints") as manager:
