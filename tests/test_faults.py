@@ -94,7 +94,7 @@ def test_an_exception_in_a_users_surgery(armed_at):
 
 def test_out_of_memory_while_firing():
     def greedy(w):
-        return w + jnp.sort(jnp.arange(2**40, dtype=jnp.float32) * w[0])[: w.size]
+        return w + jnp.sort(jnp.arange(2**46, dtype=jnp.float32) * w[0])[: w.size]
 
     hooks, state = make_hooks(greedy, **LATER, figures=False, guard="off"), STEP(STEP(make_state()))
     before = values(state)
@@ -108,7 +108,7 @@ def test_out_of_memory_while_firing():
 
 def test_out_of_memory_while_a_donated_state_is_edited(tmp_path):
     def greedy(w):
-        return w + jnp.sort(jnp.arange(2**40, dtype=jnp.float32) * w[0])[: w.size]
+        return w + jnp.sort(jnp.arange(2**46, dtype=jnp.float32) * w[0])[: w.size]
 
     hooks = fsh.SurgeryHooks(donate="always")
     hooks.add("greedy", greedy, params="w", when=fsh.at(4), figures=False, guard="off", **LATER)
