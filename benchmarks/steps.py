@@ -33,14 +33,14 @@ NEVER = fsh.at(10**9)
 TWIN = 0.02
 
 
-def ten_hooks(**options: Any) -> fsh.SurgeryHooks:
-    """Ten hooks of five sorts on all kernels, due in no run."""
+def idle_hooks(number: int, **options: Any) -> fsh.SurgeryHooks:
+    """Hooks of five sorts on all kernels, due in no run."""
     hooks = fsh.SurgeryHooks()
     sorts = [
         fsh.surgeries.Scale(0.5), fsh.surgeries.Normalize(), fsh.surgeries.ClipNorm(1.0), fsh.surgeries.Noise(0.1),
         lambda leaves: {path: leaf / 2 for path, leaf in leaves.items()},
     ]  # fmt: skip
-    for i in range(10):
+    for i in range(number):
         hooks.add(f"hook_{i}", sorts[i % 5], params="**/kernel", when=NEVER, **options)
     return hooks
 
@@ -85,16 +85,16 @@ def lm_config() -> Any:
 
 
 def steps(fast: bool) -> dict[str, Ratio]:
-    """Rows of train steps: ten hooks idle in graph, wrapped, on the host, and none twice."""
-    count, pairs = (2, 4) if fast else (60, 40)
+    """Rows of train steps: hooks idle in graph, wrapped, on the host, and none twice."""
+    count, pairs, number, name = (2, 2, 1, "one hook") if fast else (60, 40, 10, "ten hooks")
     none = Training(count, fsh.SurgeryHooks())
     rows = {"bare step against its twin": Training(count, fsh.SurgeryHooks())}
-    rows["step with ten hooks idle on the host / bare step"] = Training(count, ten_hooks())
-    rows["wrapped step with ten hooks idle / bare step"] = Training(count, ten_hooks(), "wrapped")
-    rows["step with ten hooks without figures and guard idle in graph / bare step"] = Training(
-        count, ten_hooks(figures=False, guard="off", fresh="init"), "in graph"
+    rows[f"step with {name} idle on the host / bare step"] = Training(count, idle_hooks(number))
+    rows[f"wrapped step with {name} idle / bare step"] = Training(count, idle_hooks(number), "wrapped")
+    rows[f"step with {name} without figures and guard idle in graph / bare step"] = Training(
+        count, idle_hooks(number, figures=False, guard="off", fresh="init"), "in graph"
     )
-    rows["step with ten hooks idle in graph / bare step"] = Training(count, ten_hooks(), "in graph")
+    rows[f"step with {name} idle in graph / bare step"] = Training(count, idle_hooks(number), "in graph")
     return {name: ratio(training, none, pairs) for name, training in rows.items()}
 
 

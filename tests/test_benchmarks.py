@@ -57,12 +57,12 @@ def test_the_benchmark_of_steps_has_every_row():
     script = ROOT / "benchmarks" / "steps.py"
     done = subprocess.run([sys.executable, str(script), "--fast"], capture_output=True, text=True, check=True, cwd=ROOT)
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
-    assert [name.split(" hooks")[0].split(" of ")[0] for name, _ in rows] == [
+    assert [name.split(" idle")[0].split(" of ")[0] for name, _ in rows] == [
         "bare step against its twin",
-        "step with ten",
-        "wrapped step with ten",
-        "step with ten",
-        "step with ten",
+        "step with one hook",
+        "wrapped step with one hook",
+        "step with one hook without figures and guard",
+        "step with one hook",
         "fire",
     ]
     assert all(float(figure.split()[0]) > 0 for _, figure in rows)
