@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -22,6 +23,24 @@ from flax_surgery_hooks.errors import CheckpointError, FireError, LedgerError, R
 
 STEP = jax.jit(lambda state: state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params)))
 LATER = {"opt_state": "keep"}
+
+
+@pytest.fixture
+def interruptible():
+    """Programs that are started in the background ignore the signal of Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def noisy():
+    """Orbax leaves coroutines behind when it cannot read an array; what they say when they are collected ends here."""
+    yield
+    gc.collect()
+
+
+NOISY = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def make_state():
@@ -125,7 +144,7 @@ def test_out_of_memory_while_a_donated_state_is_edited(tmp_path):
         assert_whole(fsh.checkpoint.restore(manager, make_state, again), values(state))
 
 
-def test_an_interrupt_during_a_fire():
+def test_an_interrupt_during_a_fire(interruptible):
     interrupts = [True]
 
     def surgery(w):
@@ -252,6 +271,8 @@ def largest(directory):
     return max((file for file in directory.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
 
 
+@NOISY
+@pytest.mark.usefixtures("noisy")
 @pytest.mark.parametrize("how", ["cut off", "flipped", "deleted"])
 def test_damaged_arrays(saved, how):
     directory, states = saved
@@ -268,6 +289,8 @@ def test_damaged_arrays(saved, how):
     assert_whole(restored(directory, step=3), states[3])
 
 
+@NOISY
+@pytest.mark.usefixtures("noisy")
 @pytest.mark.parametrize("how", ["cut off", "other", "deleted"])
 def test_a_damaged_ledger_in_a_checkpoint(saved, how):
     directory, states = saved
