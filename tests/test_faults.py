@@ -134,11 +134,14 @@ def test_out_of_memory_while_a_donated_state_is_edited(tmp_path):
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
         state = train(hooks, make_state(), 3, manager)
         manager.wait_until_finished()
-        fsh.checkpoint.save(manager, 3, state, hooks)  # is there already; only now is it known to be whole
-        with pytest.raises(
-            FireError, match=rf"state in hand is gone; the last whole checkpoint is that of step 3 in {tmp_path}"
-        ):
-            hooks(4, STEP(state))
+        before, given = values(STEP(state)), STEP(state)
+        with pytest.raises(FireError, match=r"(?i)out of memory") as caught:
+            hooks(4, given)
+        if given.params["w"].is_deleted():
+            assert f"hand is gone; the last whole checkpoint is that of step 3 in {tmp_path}" in str(caught.value)
+        else:  # older JAX takes arrays only once a program has its memory
+            assert "the state in hand is that before this call, whole" in str(caught.value)
+            assert_whole(given, before)
         again = fsh.SurgeryHooks()
         again.add("greedy", greedy, params="w", when=fsh.at(4), figures=False, guard="off", **LATER)
         assert_whole(fsh.checkpoint.restore(manager, make_state, again), values(state))
