@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 
-from flax_surgery_hooks import fires, memory
+from flax_surgery_hooks import deriving, fires, memory
 from flax_surgery_hooks.errors import located
 from flax_surgery_hooks.mirrors import Mirrors, original, viewed
 from flax_surgery_hooks.operate import bind_inputs
+from flax_surgery_hooks.planning import inputs_of_state
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.slots import as_abstract
 
@@ -62,5 +63,6 @@ def foresee(hook: Hook, ahead: Any, inputs: dict[str, Any], seed: int, mirrors: 
     with located(hook=hook.name):
         operation, arrays = bind_inputs(hook.operation, inputs)
         key = fires.fire_key(operation, seed, hook.name, 0, 0)
+        arrays = inputs_of_state(operation, ahead, key, 0, arrays, deriving.Abstractly.of_state)
         held, reshape = viewed(ahead, mirrors, operation, hook.reshape)
         return original(fires.foresee(operation, held, hook.name, key, arrays, reshape))

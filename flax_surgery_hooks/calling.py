@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +95,51 @@ def init_memory(edit: Edit, leaves: Mapping[str, Any], key: jax.Array | None) ->
             write="return jnp.zeros_like(leaf)",
         )
     return jax.tree.map(jnp.asarray, result)
+
+
+def figure_names(edit: Edit, paths: Sequence[str]) -> tuple[str, ...]:
+    """The names of the figures that a surgery has of one call, in order; none if it measures nothing.
+
+    Raises:
+      UserCodeError: `figure_names` raised.
+      SurgeryFunctionError: they are no names, or those of other figures.
+    """
+    if edit.figure_names is None:
+        return ()
+    names = _run(edit.figure_names, tuple(paths), {}, f"{edit.name}.figure_names")
+    fits = isinstance(names, tuple | list) and all(isinstance(name, str) and name for name in names)
+    if not fits or len(set(names)) < len(names) or any(name.split("/")[0] in ("params", "slots") for name in names):
+        raise SurgeryFunctionError(
+            f"{edit.name}.figure_names must return different names, which do not begin with params/ or slots/.",
+            found=shorten(names),
+            write='return ("overlap",)',
+        )
+    return tuple(names)
+
+
+def call_figures(
+    edit: Edit, leaves: Mapping[str, Any], *, key: Any, step: Any, inputs: Mapping[str, Any], memory: Any
+) -> jax.Array:
+    """The figures that a surgery has of its leaves before the edit, float32 [figures], in the order of their names.
+
+    Raises:
+      UserCodeError: `figures` raised.
+      SurgeryFunctionError: it returned others than it named, or no numbers.
+    """
+    method = edit.figures
+    assert method is not None
+    names = figure_names(edit, tuple(leaves))
+    argument = dict(leaves) if edit.many else next(iter(leaves.values()))
+    ready = {"path": next(iter(leaves)), "step": step, "memory": memory, "key": key, **inputs}
+    result = _run(method.function, argument, method.fill(ready), method.name)
+    fits = isinstance(result, Mapping) and set(result) == set(names)
+    if not fits or any(not _is_number(value) or jnp.shape(value) for value in result.values()):
+        raise SurgeryFunctionError(
+            f"{method.name} must return a dict of the figures that figure_names names, each one number.",
+            found=listed(map(str, result)) if isinstance(result, Mapping) else type(result).__name__,
+            write=listed(names) or "no method `figures`",
+        )
+    return jnp.stack([jnp.asarray(result[name], jnp.float32) for name in names] or [jnp.zeros((), jnp.float32)])
 
 
 def call_fold_back(edit: Edit, new: Mapping[str, Any], old: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:

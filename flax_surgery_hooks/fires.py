@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from flax_surgery_hooks import memory, optimizer_edits
+from flax_surgery_hooks import deriving, memory, optimizer_edits
 from flax_surgery_hooks.committing import commit as commit_arrays
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.operate import needs_key, record_of, run, run_abstractly
 from flax_surgery_hooks.operation import Operation, Unit, fire_for
 from flax_surgery_hooks.paths import listed
-from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
+from flax_surgery_hooks.planning import arrays_of, fire_memory, inputs_of_leaves, plan_units
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.programs import Arrays, Programs
 from flax_surgery_hooks.samples import sampled
@@ -40,9 +40,11 @@ def foresee(operation: Operation, state: Any, name: str, key: Any, inputs: dict[
     if operation.edit.edit_optimizer is not None:
         return optimizer_edits.look_ahead(operation, state, key, inputs, reshape)
     parts = take_apart(state)
-    plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
+    at, remembered = jnp.int32(0), memory.held(state, name, operation)
+    inputs = inputs_of_leaves(operation, parts, remembered, key, at, inputs, deriving.Abstractly.of_leaves)
+    plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
     reshape.check_paths(state, plan)
-    outcome = run_abstractly(operation, plan, arrays, key, jnp.int32(0), inputs)
+    outcome = run_abstractly(operation, plan, arrays, key, at, inputs)
     return reshape.replaced(commit_arrays(operation, state, parts, plan, outcome.arrays, outcome.ok, reshape.tx))
 
 
@@ -80,9 +82,10 @@ def prepare(
         return
     operation, parts = programs.operation, take_apart(state)
     reshape.check(state)
-    plan, arrays = _planned(operation, parts, memory.held(state, name, operation), key, inputs, reshape)
+    at, remembered = jnp.int32(step), memory.held(state, name, operation)
+    inputs = inputs_of_leaves(operation, parts, remembered, key, at, inputs, programs.derive.of_leaves)
+    plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
     reshape.check_paths(state, plan)
-    at = jnp.int32(step)
     for unit, one in zip(plan, arrays, strict=True):
         programs.prepare(unit, one, fire_for(unit, key, at, inputs), may_reshape=reshape.declared)
 
@@ -106,9 +109,9 @@ def fire(
     if programs.operation.edit.edit_optimizer is not None:
         return optimizer_edits.fire(programs.operation, state, key, step, inputs, commit=commit)
     operation, parts = programs.operation, take_apart(state)
-    remembered = memory.held(state, name, operation)
+    at, remembered = jnp.int32(step), memory.held(state, name, operation)
+    inputs = inputs_of_leaves(operation, parts, remembered, key, at, inputs, programs.derive.of_leaves)
     plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
-    at = jnp.int32(step)
     fires = [fire_for(unit, key, at, inputs) for unit in plan]
     held = state.params
     layers = {path: layer for unit in plan for path, _, layer in unit.pieces if layer is not None}

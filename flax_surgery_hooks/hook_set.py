@@ -102,6 +102,8 @@ class HookSet:
             )  # fmt: skip
             if on_error is not None:
                 check_on_error(on_error)
+            if callable(check := getattr(surgery, "check_schedule", None)):
+                check(when)
             reshape = Reshape(apply_fn, tx, on_reshape, shardings)
             _check_rollback(rollback, operation, reshape)
         self._hooks[name] = Hook(name, operation, when, priority, self._registered, reshape, rollback, on_error)

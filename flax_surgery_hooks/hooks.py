@@ -22,6 +22,7 @@ from flax_surgery_hooks.operate import bind_inputs
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.passes import Program
 from flax_surgery_hooks.placement import off_mesh
+from flax_surgery_hooks.planning import inputs_of_state
 from flax_surgery_hooks.programs import Programs
 from flax_surgery_hooks.registration import Hook, find
 from flax_surgery_hooks.resuming import Resumable
@@ -344,8 +345,10 @@ class SurgeryHooks(Resumable):
             operation, arrays = bind_inputs(hook.operation, inputs)
             key = fires.fire_key(operation, self.seed, hook.name, 0, 0)
             held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
+            programs = self._compiled(hook, operation, held)
+            arrays = inputs_of_state(operation, state, key, 0, arrays, programs.derive.of_state)
             with off_mesh(state):
-                fires.prepare(self._compiled(hook, operation, held), held, hook.name, key, 0, arrays, reshape)
+                fires.prepare(programs, held, hook.name, key, 0, arrays, reshape)
         self._unchecked.discard(hook.name)
 
     def _fire(
@@ -370,6 +373,7 @@ class SurgeryHooks(Resumable):
             tried = self._tried.get(programs) == len(programs.compiled)
             if not tried:
                 failing.wait(state)  # what fails here is the train step
+            arrays = inputs_of_state(operation, state, key, step, arrays, programs.derive.of_state)
             with off_mesh(state), failing.explained(state, self._saved):
                 before = self._keeper.before(hook, held) if commit else None
                 held, fired = fires.fire(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
-from flax_surgery_hooks import fires, memory
+from flax_surgery_hooks import deriving, fires, memory
 from flax_surgery_hooks.committing import commit, restarts_at
 from flax_surgery_hooks.errors import HookError, StateError, located
 from flax_surgery_hooks.guards import Guard
@@ -32,14 +32,14 @@ from flax_surgery_hooks.operate import Outcome, bind_inputs, examine_abstractly,
 from flax_surgery_hooks.operation import Operation, Unit, fire_for, units
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.placement import like_neighbours
-from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
+from flax_surgery_hooks.planning import arrays_of, fire_memory, inputs_of_leaves, inputs_of_state, plan_units
 from flax_surgery_hooks.programs import Arrays, editing, foreseen, measuring
 from flax_surgery_hooks.reductions import Places, places_of
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.settling import Fired, told
 from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import Parts, put_back, take_apart
-from flax_surgery_hooks.verdicts import judge, judged, row_of
+from flax_surgery_hooks.verdicts import judge, judged, names_of, row_of
 
 
 def why_on_host(hook: Hook) -> str | None:
@@ -92,7 +92,8 @@ def _shapes(state: Any, operation: Operation, capacity: int) -> dict[str, jax.Sh
     plan = units(operation, take_apart(state).params, {})
     # A guard's own verdict is told beside the figures: figures of another program might round to another side of it.
     judged_too = operation.bound is not None
-    rows = sum(len(unit.paths) + 2 for unit in plan) + judged_too if measures(operation) else 0
+    own = -(-len(names_of(operation, plan)) // FIELDS)
+    rows = sum(len(unit.paths) + 2 for unit in plan) + judged_too + own if measures(operation) else 0
     return {
         "count": jax.ShapeDtypeStruct((), jnp.int32),
         "steps": jax.ShapeDtypeStruct((capacity,), jnp.int32),
@@ -125,7 +126,8 @@ class About(NamedTuple):
 
     Attributes:
       record: of a fire, without step and figures.
-      rows: how many rows of figures each unit has.
+      rows: how many rows of figures each unit has; then come the guard's verdict, if it is a function, and `names`.
+      names: of the figures that the surgery measures itself.
       figures: whether they are told.
       guard: the operation's.
       on_error: the hook's.
@@ -133,6 +135,7 @@ class About(NamedTuple):
 
     record: Record
     rows: tuple[int, ...]
+    names: tuple[str, ...]
     figures: bool
     guard: Guard
     on_error: str | None
@@ -143,8 +146,12 @@ class About(NamedTuple):
             return self.without_figures(step)
         ends = list(itertools.accumulate(self.rows))
         verdict = judged([rows[end - size : end] for end, size in zip(ends, self.rows, strict=True)])
+        end = ends[-1]
         if callable(self.guard):
-            verdict = verdict._replace(ok=rows[-1, 0] > 0, finite=rows[-1, 1] > 0)
+            verdict = verdict._replace(ok=rows[end, 0] > 0, finite=rows[end, 1] > 0)
+            end += 1
+        own = zip(self.names, rows[end:].reshape(-1)[: len(self.names)], strict=True)
+        verdict = verdict._replace(figures={**verdict.figures, **dict(own)})
         ok = verdict.ok if self.guard != "off" else None
         fired = Fired(replace(self.record, step=step), {}, ok=ok, in_graph=True, on_error=self.on_error)
         return told(fired, verdict, self.figures, self.guard)
@@ -199,15 +206,17 @@ class Run:
         held = view(state, mirrors, hook.operation.fields)
         self._state, lying = held, lying if held is state else Lying()
         self._operation, self._inputs = bind_inputs(hook.operation, inputs)
+        self._original = state
         self._parts = take_apart(held)
         self.step = jnp.asarray(_step_of(state), jnp.int32)
         self.due = hook.when.is_due(self.step)
         remembered = memory.held(state, hook.name, self._operation)
         key = jax.random.key(0, impl="threefry2x32") if needs_key(self._operation) else None
-        self._plan = plan_units(self._operation, self._parts, key, self._inputs, remembered)
+        foreseen_inputs = self._foreseen_inputs(key, remembered)
+        self._plan = plan_units(self._operation, self._parts, key, foreseen_inputs, remembered)
         self._lie = [_places(unit, self._parts, lying) for unit in self._plan]
         arrays = self._arrays(self._parts, remembered)
-        given = [fire_for(unit, key, self.step, self._inputs, one.memory) for unit, one in self._pairs(arrays)]
+        given = [fire_for(unit, key, self.step, foreseen_inputs, one.memory) for unit, one in self._pairs(arrays)]
         self._in_place = [
             examine_abstractly(self._operation, unit, one, fire)
             for (unit, one), fire in zip(self._pairs(arrays), given, strict=True)
@@ -221,7 +230,7 @@ class Run:
     def after(self, state: Any) -> Any:
         """The state after the fire, if it is due; of the structure of the one that this was made with."""
         again = copy.copy(self)
-        again._state = view(state, self._mirrors, self._operation.fields)
+        again._original, again._state = state, view(state, self._mirrors, self._operation.fields)
         again._parts = take_apart(again._state)
         remembered = memory.held(state, self._hook.name, self._operation)
         again._touched = again._touching(again._arrays(again._parts, remembered), remembered)
@@ -232,6 +241,19 @@ class Run:
     def marked(self, mark: Any) -> Any:
         """The state with `mark` in the place of every leaf that a fire may change."""
         return self._with(jax.tree.map(lambda leaf: mark, self._touched))
+
+    def _foreseen_inputs(self, key: Any, remembered: Any) -> dict[str, Any]:
+        """The inputs of the edit, those that its surgery makes as shapes: they are made where the hook is due."""
+        run, known = deriving.Abstractly, (self._operation, self._original, key, self.step)
+        inputs = inputs_of_state(*known, self._inputs, run.of_state)
+        return inputs_of_leaves(
+            self._operation, self._parts, remembered, key, self.step, inputs, deriving.Abstractly.of_leaves
+        )
+
+    def _key(self, step: Any) -> Any:
+        if not needs_key(self._operation):
+            return None
+        return fires.folded(self._seed, path_hash(self._hook.name), step, 0)
 
     def _pairs(self, arrays: Sequence[Arrays]) -> Any:
         return zip(self._plan, arrays, strict=True)
@@ -256,7 +278,8 @@ class Run:
         outcome = Outcome(self._after, {}, None, None, tuple(self._in_place))
         record = record_of(operation, self._plan, outcome, hook=self._hook.name)
         rows = tuple(len(unit.paths) + 2 for unit in self._plan)
-        return About(record, rows, operation.figures, operation.guard, self._hook.on_error)
+        names = names_of(operation, self._plan)
+        return About(record, rows, names, operation.figures, operation.guard, self._hook.on_error)
 
     def _with(self, touched: _Touched) -> Any:
         state = put_back(self._state, self._parts, touched.params, touched.opt_leaves)
@@ -274,18 +297,23 @@ class Run:
             for name, kind in zip(one.mesh.axis_names, one.mesh.axis_types, strict=True)
             if kind == AxisType.Explicit
         }
-        apply = self._apply
+        apply, step = self._apply, self.step
+        # Before anything is put under Auto axes: functions of the state call the user's model under its own.
+        inputs = inputs_of_state(
+            self._operation, self._original, self._key(step), step, self._inputs, deriving.Traced({}).of_state
+        )
         if explicit:
             apply = jax.sharding.auto_axes(apply, axes=tuple(sorted(explicit)), out_sharding=shardings)
-        return apply(touched, self.step, self._inputs)
+        return apply(touched, step, inputs)
 
     def _apply(self, touched: _Touched, step: Any, inputs: dict[str, Any]) -> _Touched:
         """The leaves after the fire."""
         operation = self._operation
         parts = take_apart(put_back(self._state, self._parts, touched.params, touched.opt_leaves))
         remembered = touched.memory if operation.edit.takes("memory") else ()
-        arrays = self._arrays(parts, remembered)
-        key = fires.folded(self._seed, path_hash(self._hook.name), step, 0) if needs_key(operation) else None
+        arrays, key = self._arrays(parts, remembered), self._key(step)
+        run = deriving.Traced(self._lie[0])
+        inputs = inputs_of_leaves(operation, parts, remembered, key, step, inputs, run.of_leaves)
         given = [fire_for(unit, key, step, inputs, one.memory) for unit, one in self._pairs(arrays)]
         known = list(zip(self._plan, self._in_place, self._lie, strict=True))
         ok: Any = None
@@ -299,6 +327,7 @@ class Run:
             ok = verdict.ok if operation.guard != "off" else None
             rows, seeds = jnp.concatenate([each.changes for each in first]), [each.seeds for each in first]
             rows = rows if operation.bound is None else jnp.concatenate([rows, row_of(verdict)])
+            rows = _with_own(rows, [each.figures for each in first if each.figures is not None])
             # Without this XLA would see that both passes make the same values, and keep these in between.
             arrays, ok, seeds = jax.lax.optimization_barrier((arrays, ok, seeds))
         new = [
@@ -318,6 +347,14 @@ class Run:
             remembered,
             _noted(touched.buffer, step, rows),
         )
+
+
+def _with_own(rows: jax.Array, figures: Sequence[jax.Array]) -> jax.Array:
+    """Rows of figures, and below them those that the surgery measures itself."""
+    if not figures:
+        return rows
+    own = jnp.concatenate(list(figures))
+    return jnp.concatenate([rows, jnp.pad(own, (0, -own.size % FIELDS)).reshape(-1, FIELDS)])
 
 
 def _noted(buffer: Any, step: Any, rows: Any) -> Any:

@@ -21,7 +21,7 @@ from flax_surgery_hooks.planning import leaves_of, memory_of
 from flax_surgery_hooks.programs import shapes_of
 from flax_surgery_hooks.restacking import whole_leaves
 from flax_surgery_hooks.surgery import key_for, path_hash
-from flax_surgery_hooks.train_state import put_back, take_apart
+from flax_surgery_hooks.train_state import Parts, put_back, take_apart
 
 Named = tuple[str, Operation]
 
@@ -70,16 +70,22 @@ def fitted(state: Any, hooks: Sequence[Named], seed: int, *, anew: bool = False)
         with located(hook=name):
             _check_field(state, operation)
             everything = _everything(state)
-            parts = take_apart(state)
-            plan = units(operation, parts.params, {})
-            made = {}
-            for unit in plan:
-                leaves = dict(zip(unit.paths, leaves_of(unit, parts), strict=True))
-                key = key_for(jax.random.key(seed, impl="threefry2x32"), name)
-                kept = _kept(operation, unit, everything.get(name), anew)
-                made[unit.paths[0]] = _made(operation, leaves, key, kept, anew)
-            state = put(state, name, next(iter(made.values())) if operation.edit.many else made)
+            key = key_for(jax.random.key(seed, impl="threefry2x32"), name)
+            state = put(state, name, _all_made(operation, take_apart(state), key, everything.get(name), anew))
     return state
+
+
+def first_memory(operation: Operation, parts: Parts, key: Any) -> Any:
+    """What a surgery remembers at first, where there is nobody to keep it."""
+    return _all_made(operation, parts, jax.random.key(0) if key is None else key, None, True)
+
+
+def _all_made(operation: Operation, parts: Parts, key: Any, held: Any, anew: bool) -> Any:
+    made = {}
+    for unit in units(operation, parts.params, {}):
+        leaves = dict(zip(unit.paths, leaves_of(unit, parts), strict=True))
+        made[unit.paths[0]] = _made(operation, leaves, key, _kept(operation, unit, held, anew), anew)
+    return next(iter(made.values())) if operation.edit.many else made
 
 
 def _kept(operation: Operation, unit: Unit, memory: Any, anew: bool) -> Any:

@@ -14,23 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks import checks, donation, guards, optimizer_edits, rules
+from flax_surgery_hooks import checks, deriving, donation, guards, optimizer_edits, rules
 from flax_surgery_hooks import optax_slots as optax_slots  # registers optax's states
 from flax_surgery_hooks.committing import commit
 from flax_surgery_hooks.errors import InputError, RefusedError, RuleError, StateError, quoted
 from flax_surgery_hooks.guards import Guard
 from flax_surgery_hooks.ledger import Record
+from flax_surgery_hooks.memory import first_memory
 from flax_surgery_hooks.mirrors import Mirrors, checked, checked_fields, original, view
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
 from flax_surgery_hooks.placement import off_mesh
-from flax_surgery_hooks.planning import arrays_of, plan_units
+from flax_surgery_hooks.planning import arrays_of, fire_memory, inputs_of_leaves, inputs_of_state, plan_units
 from flax_surgery_hooks.programs import Arrays, Measured, Programs, choose
 from flax_surgery_hooks.relaid import restarted
 from flax_surgery_hooks.selection import Patterns, select
 from flax_surgery_hooks.surgery import RESERVED, Edit, as_edit, describe
 from flax_surgery_hooks.train_state import take_apart
-from flax_surgery_hooks.verdicts import judge, rows_of, verdict
+from flax_surgery_hooks.verdicts import judge, named, rows_of, verdict
 
 
 def operate(
@@ -88,34 +89,38 @@ def operate(
         surgery, params=params, exclude=exclude, expect=expect, opt_state=opt_state, fresh=fresh, guard=guard,
         fields=fields,
     )  # fmt: skip
-    with off_mesh(state):
-        return _operate(state, operation, key, step, inputs, checked(mirrors))
-
-
-def _operate(
-    state: Any, operation: Operation, key: Any, step: Any, inputs: Mapping[str, Any] | None, mirrors: Mirrors
-) -> tuple[Any, Record]:
-    start = time.perf_counter()
-    operation, traced_inputs = bind_inputs(operation, inputs or {})
-    if operation.edit.takes("memory"):
-        raise StateError(
-            f"The surgery {operation.edit.name} remembers; `operate` has no place for that between two calls.",
-            write="hooks.add(...), hooks.init(state), and hooks.fire(name, state)",
-        )
+    operation, arrays = bind_inputs(operation, inputs or {})
     if key is None and "key" in operation.edit.needs:
         raise InputError(f"The surgery {operation.edit.name} draws random numbers.", write="key=jax.random.key(0)")
     step = getattr(state, "step", None) if step is None else step
     step = 0 if step is None else step  # a state may have none
+    arrays = inputs_of_state(operation, state, key, step, arrays, _derive(operation, state).of_state)
+    with off_mesh(state):
+        return _operate(state, operation, key, step, arrays, checked(mirrors))
+
+
+def _operate(
+    state: Any, operation: Operation, key: Any, step: Any, inputs: dict[str, Any], mirrors: Mirrors
+) -> tuple[Any, Record]:
+    start = time.perf_counter()
+    if operation.edit.takes("memory") and not operation.edit.starts_anew:
+        raise StateError(
+            f"The surgery {operation.edit.name} remembers; `operate` has no place for that between two calls.",
+            write="hooks.add(...), hooks.init(state), and hooks.fire(name, state)",
+        )
     if operation.edit.edit_optimizer is not None:
-        ran = optimizer_edits.run(operation, state, key, step, traced_inputs)
+        ran = optimizer_edits.run(operation, state, key, step, inputs)
         return ran.state, dataclasses.replace(ran.record, event="settled", seconds=time.perf_counter() - start)
     state = view(state, mirrors, operation.fields)
     parts = take_apart(state)
-    plan = plan_units(operation, parts, key, traced_inputs)
-    arrays = [arrays_of(unit, parts) for unit in plan]
-    given = (arrays, key, step, traced_inputs)
+    remembered = first_memory(operation, parts, key) if operation.edit.takes("memory") else ()
+    run_leaves = _derive(operation, state).of_leaves
+    inputs = inputs_of_leaves(operation, parts, remembered, key, step, inputs, run_leaves)
+    plan = plan_units(operation, parts, key, inputs, remembered)
+    arrays = [arrays_of(unit, parts, fire_memory(operation, unit, remembered)) for unit in plan]
+    given = (arrays, key, step, inputs)
     if checks.concrete(given):
-        fires = [fire_for(unit, key, jnp.asarray(step, jnp.int32), traced_inputs) for unit in plan]
+        fires = [fire_for(unit, key, jnp.asarray(step, jnp.int32), inputs) for unit in plan]
         outcome = run(_programs(operation), plan, arrays, fires, may_reshape=True)
         if outcome.ok is not None and not bool(outcome.finite):
             raise RefusedError(
@@ -143,6 +148,14 @@ def _operate(
         figures=outcome.figures,
         per_leaf=outcome.leaves,
     )
+
+
+def _derive(operation: Operation, state: Any) -> Any:
+    """How the surgery's `derived` are computed for such a state: compiled, traced or abstractly."""
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return deriving.Abstractly
+    return _programs(operation).derive if checks.concrete(leaves) else deriving.Traced({})
 
 
 class Outcome(NamedTuple):
@@ -204,7 +217,7 @@ def make_operation(
     return Operation(
         edit,
         select(params, exclude=exclude, expect=expect),
-        rules.slot_rules("keep" if edit.edits_state else opt_state, edit.preserves),
+        rules.slot_rules("keep" if edit.edits_state else edit.rule if opt_state is None else opt_state, edit.preserves),
         rules.check_choice(fresh, rules.FRESH, "value of fresh="),
         guard,
         figures,
@@ -291,6 +304,7 @@ def run(
         measured = [programs.measure(*each) for each in zip(ready, fires, strict=True)]
         ok, finite, figures, leaves = verdict([one.changes for one in measured], operation.bound)
         ok = ok if operation.guard != "off" else None
+        figures = {**figures, **named(operation, plan, [one.figures for one in measured])}
     chosen, donated = ok, False
     if ok is not None and programs.reshapes and commit:
         commit, chosen = bool(ok), None  # old and new values have no common shape to choose between: wait for it
@@ -320,6 +334,7 @@ def _run_traced(
     ]
     new = [Arrays(each.params, each.slots, each.memory) for each in edited]
     ok, finite, figures, leaves = judge([rows_of(each) for each in edited], operation.bound)
+    figures = {**figures, **named(operation, plan, [each.figures for each in edited])}
     if operation.guard == "off" or any(unit.other is not None for unit in plan):
         ok = None  # old and new leaves at other paths have nothing to choose between
     else:

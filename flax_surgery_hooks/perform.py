@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_surgery_hooks import checks, lineage, transport
-from flax_surgery_hooks.calling import call, call_fold_back
+from flax_surgery_hooks.calling import call, call_figures, call_fold_back
 from flax_surgery_hooks.errors import RuleError, StructureError, SurgeryFunctionError, UserCodeError, located
 from flax_surgery_hooks.following import move_slots
 from flax_surgery_hooks.metrics import Change, Pair, combine, measure
@@ -29,6 +29,7 @@ class Edited(NamedTuple):
       slots_change: figures of the slots.
       memory_change: figures of the memory, for the guard.
       seeds: what fresh second moments start from, one per slot (0 where there is none to compute).
+      figures: the surgery's own, float32 [figures]; None if it has none.
     """
 
     params: tuple[jax.Array, ...]
@@ -38,6 +39,7 @@ class Edited(NamedTuple):
     slots_change: Change
     memory_change: Change
     seeds: tuple[jax.Array, ...]
+    figures: Any = None
 
 
 def split_leaves(unit: Unit, params: Sequence[Any]) -> tuple[lineage.Tree, dict[str, Any]]:
@@ -189,7 +191,19 @@ def perform(
     leaves = len(set(unit.paths) | set(after.paths))
     remembered = len(jax.tree.leaves(fire.memory))
     of_slots, of_memory = changes[leaves : len(changes) - remembered], changes[len(changes) - remembered :]
-    return Edited(stored, moved, traced.memory, tuple(changes[:leaves]), combine(of_slots), combine(of_memory), used)
+    return Edited(
+        stored, moved, traced.memory, tuple(changes[:leaves]), combine(of_slots), combine(of_memory), used,
+        _own_figures(operation, unit, params, fire),
+    )  # fmt: skip
+
+
+def _own_figures(operation: Operation, unit: Unit, params: Sequence[Any], fire: Fire) -> Any:
+    if operation.edit.figures is None or not operation.figures:
+        return None
+    floats, rest = split_leaves(unit, params)
+    leaves = {path: floats[path] if path in floats else rest[path] for path in unit.paths}
+    inputs = {**fire.inputs, **dict(operation.static)}
+    return call_figures(operation.edit, leaves, key=fire.key, step=fire.step, inputs=inputs, memory=fire.memory)
 
 
 def _pairs(before: Iterable[Any], after: Iterable[jax.Array], fresh: Iterable[Any]) -> Iterator[Pair]:

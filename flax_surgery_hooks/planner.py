@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks import memory, optimizer_edits
+from flax_surgery_hooks import deriving, memory, optimizer_edits
 from flax_surgery_hooks.committing import commit
 from flax_surgery_hooks.errors import located
 from flax_surgery_hooks.mirrors import Mirrors, original, viewed
@@ -25,7 +25,7 @@ from flax_surgery_hooks.operate import bind_inputs, needs_key
 from flax_surgery_hooks.operation import Operation, Unit, fire_for, units
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.plan import Plan, PlannedLeaf, PlannedSlot, Row, Shape
-from flax_surgery_hooks.planning import arrays_of, fire_memory, plan_units
+from flax_surgery_hooks.planning import arrays_of, fire_memory, inputs_of_leaves, inputs_of_state, plan_units
 from flax_surgery_hooks.programs import Arrays, Programs, shapes_of
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.slots import Slot, as_abstract, slots_of
@@ -206,14 +206,17 @@ class Planner:
         operation, arrays = bind_inputs(hook.operation, self.inputs)
         arrays = jax.tree.map(as_abstract, arrays)
         key = _abstract_key() if needs_key(operation) else None
+        at = jax.ShapeDtypeStruct((), jnp.int32)
+        arrays = inputs_of_state(operation, structure.state, key, 0, arrays, deriving.Abstractly.of_state)
         if edit.edit_optimizer is not None:
             return self._switched(operation, structure, key, arrays, reshape)
         parts = take_apart(held)
         remembered = memory.held(held, hook.name, operation)
         reshape.check(held)
+        arrays = inputs_of_leaves(operation, parts, remembered, key, at, arrays, deriving.Abstractly.of_leaves)
         plan = plan_units(operation, parts, key, arrays, remembered, reshape.tx)
         reshape.check_paths(held, plan)
-        programs, at = Programs(operation), jax.ShapeDtypeStruct((), jnp.int32)
+        programs = Programs(operation)
         before = [arrays_of(unit, parts, fire_memory(operation, unit, remembered)) for unit in plan]
         after = [
             programs.foresee(unit, one, fire_for(unit, key, at, arrays), may_reshape=reshape.declared)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_surgery_hooks import deriving
 from flax_surgery_hooks.committing import slot_of
 from flax_surgery_hooks.errors import RuleError, SlotError, StateError, StructureError
 from flax_surgery_hooks.layers import Layer, taken
@@ -48,6 +49,34 @@ def plan_units(
         return plan
     fires = [fire_for(unit, key, jnp.int32(0), inputs, fire_memory(operation, unit, memory)) for unit in plan]
     return [_with_paths_after(operation, unit, parts, fire, tx) for unit, fire in zip(plan, fires, strict=True)]
+
+
+def inputs_of_state(
+    operation: Operation, state: Any, key: Any, step: Any, inputs: dict[str, Any], run: deriving.Run
+) -> dict[str, Any]:
+    """The inputs, with what its surgery makes of the whole state."""
+    if not operation.edit.derived:
+        return inputs
+    return deriving.from_state(operation, state, {**inputs, "key": key, "step": _int32(step)}, run)
+
+
+def inputs_of_leaves(
+    operation: Operation, parts: Parts, remembered: Any, key: Any, step: Any, inputs: dict[str, Any], run: deriving.Run
+) -> dict[str, Any]:
+    """The inputs that an edit is given, with what its surgery makes of the selected leaves before it."""
+    if not operation.edit.derived:
+        return inputs
+    leaves: dict[str, Any] = {}
+    if operation.edit.many:
+        (unit,) = units(operation, parts.params, {})
+        leaves = dict(zip(unit.paths, leaves_of(unit, parts), strict=True))
+    return deriving.from_leaves(operation, leaves, remembered, {**inputs, "key": key, "step": _int32(step)}, run)
+
+
+def _int32(step: Any) -> Any:
+    return (
+        jax.ShapeDtypeStruct((), jnp.int32) if isinstance(step, jax.ShapeDtypeStruct) else jnp.asarray(step, jnp.int32)
+    )
 
 
 def fire_memory(operation: Operation, unit: Unit, memory: Any) -> Any:

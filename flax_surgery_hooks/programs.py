@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_surgery_hooks.calling import check_memory
+from flax_surgery_hooks.deriving import Compiled
 from flax_surgery_hooks.errors import StructureError, SurgeryError
 from flax_surgery_hooks.layers import Layer
 from flax_surgery_hooks.operation import Fire, Operation, Unit, follows, like
@@ -38,10 +39,12 @@ class Measured(NamedTuple):
     Attributes:
       changes: `verdicts.rows_of` the unit.
       seeds: see `Edited.seeds`.
+      figures: see `Edited.figures`.
     """
 
     changes: jax.Array
     seeds: tuple[jax.Array, ...]
+    figures: Any = None
 
 
 class Arrays(NamedTuple):
@@ -88,6 +91,7 @@ class Programs:
     Attributes:
       operation: the surgery and its rules.
       compiled: signature, shapes and placement -> the two passes.
+      derive: the compiled functions of the surgery's `derived`.
 
     Args:
       operation: likewise.
@@ -98,6 +102,7 @@ class Programs:
         self.operation = operation
         self._place = place
         self.compiled: dict[Hashable, Passes] = {}
+        self.derive = Compiled()
         self._signatures: dict[Hashable, Signature] = {}
         self._foreseen: dict[Hashable, Arrays] = {}
         self._common: dict[Hashable, Unit] = {}  # holds them, so that keys may use their `id`: hashing slots is slow
@@ -209,7 +214,7 @@ class Programs:
         lie = _places(placed, signature.after, places)
         known = (self.operation, signature.common, signature.in_place, lie)
         first, edit = functools.partial(measuring, *known), functools.partial(editing, *known)
-        everywhere: Any = Measured(_everywhere(placed), None)  # type: ignore[arg-type]
+        everywhere: Any = Measured(_everywhere(placed), None, _everywhere(placed))  # type: ignore[arg-type]
         measure = jax.jit(first, out_shardings=everywhere)
         second, donating = (jax.jit(edit, out_shardings=places, donate_argnums=which) for which in ((), 0))
         relabels = any(one is not auto_axes(one) for one in jax.tree.leaves(wanted))
@@ -274,7 +279,7 @@ def measuring(operation: Operation, unit: Unit, in_place: bool, lie: Places, arr
     """The first pass over a unit whose arrays lie so."""
     with across(lie):
         edited = edit_unit(operation, unit, in_place, arrays, fire)
-    return Measured(rows_of(edited), edited.seeds)
+    return Measured(rows_of(edited), edited.seeds, edited.figures)
 
 
 def editing(

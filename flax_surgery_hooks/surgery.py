@@ -7,17 +7,21 @@ import inspect
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
 
 from flax_surgery_hooks.errors import InputError, SurgeryFunctionError, quoted, shorten
+from flax_surgery_hooks.methods import Method as Method
+from flax_surgery_hooks.methods import parameters_of
 from flax_surgery_hooks.paths import listed
 
-RESERVED = ("path", "key", "step", "memory")
+RESERVED = ("path", "key", "step", "memory", "state", "leaves")
 LEAF = "leaf"
 """What `edit_slots` gets the leaf under."""
+STATE, LEAVES = "state", "leaves"
+"""What functions of `derived` get the train state and the selected leaves under."""
 PRESERVES = ("function", "eval_function", "nothing")
 
 
@@ -38,6 +42,13 @@ class Surgery(Protocol):
         `hooks.observe(state)` or `hooks.in_graph(state)`. Slots are left alone.
       `fold_back(new_leaf)`: the linear map that says how a change of the new leaf folds back into the old one.
       `edit_slots(slots)`: the optimizer slots of the leaf after the edit, see `slot_edits`; it may take `leaf` too.
+      `figures(leaf)`: further figures of a fire, name -> number, and `figure_names(paths)`, which says their names.
+      `check_schedule(when)`: raises if the surgery is not made for such a schedule; called by `hooks.add`.
+
+    An attribute `derived`, name -> function, holds what is computed once per fire, before the edit, and given to the
+    others as inputs of these names: gradients of the user's loss, a mask. The functions' parameters are filled by name
+    too: `state` (the whole train state), or `leaves` (path -> leaf) and `memory`; `key`, `step`, inputs, and what the
+    functions before it have made. See `deriving`.
 
     A class with `edit_optimizer(optimizer)` instead of `__call__` edits the optimizer state as a whole, see
     `optimizer_edits`.
@@ -45,36 +56,15 @@ class Surgery(Protocol):
     Attributes:
       preserves: "function" or "eval_function" if the model computes the same after the edit (slots are transported by
         default), "nothing" otherwise (slots are carried by default).
+      opt_state: another rule to be the default, such as "keep" where an edit leaves the history of all elements alone.
+      starts_anew: whether `operate`, which has no place for what a surgery remembers, may start it from `init_memory`
+        and let go of what comes of that.
     """
 
     preserves: ClassVar[str] = "nothing"
 
     def __call__(self, leaf: jax.Array, /) -> jax.Array:
         """The edited leaf."""
-
-
-class Method(NamedTuple):
-    """A function of leaves, and what it takes beside them.
-
-    Attributes:
-      function: the function.
-      name: its name in messages.
-      wants: names of the further parameters that must be filled.
-      may_take: names of those that have defaults.
-    """
-
-    function: Callable[..., Any]
-    name: str
-    wants: tuple[str, ...]
-    may_take: tuple[str, ...]
-
-    def takes(self, name: str) -> bool:
-        """Whether it has a parameter of this name beside its first."""
-        return name in self.wants or name in self.may_take
-
-    def fill(self, ready: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the values that it takes."""
-        return {name: ready[name] for name in (*self.wants, *self.may_take) if name in ready}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +84,11 @@ class Edit:
       observe: what happens at every step, or None.
       edit_slots: what edits the slots of a leaf in place of a rule, or None.
       edit_optimizer: what edits the optimizer state as a whole, in place of leaves, or None.
+      derived: what is computed once per fire, in order: name -> function.
+      figures: what measures a fire beside the edit, or None.
+      figure_names: from the paths of a call's leaves to the names of these figures.
+      rule: the rule of slots by default, or None for that of `preserves`.
+      starts_anew: whether `operate` may start it from its first memory.
     """
 
     function: Callable[..., Any]
@@ -108,6 +103,11 @@ class Edit:
     observe: Method | None = None
     edit_slots: Method | None = None
     edit_optimizer: Method | None = None
+    derived: tuple[tuple[str, Method], ...] = ()
+    figures: Method | None = None
+    figure_names: Callable[[tuple[str, ...]], tuple[str, ...]] | None = None
+    rule: str | None = None
+    starts_anew: bool = False
 
     @property
     def main(self) -> Method:
@@ -116,13 +116,14 @@ class Edit:
 
     def takes(self, name: str) -> bool:
         """Whether anything that a fire calls has a parameter of this name beside its first."""
-        return any(method is not None and method.takes(name) for method in (self.main, *self._others))
+        return any(method.takes(name) for method in (self.main, *self._called))
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Names of the parameters without default of all that a fire calls, the leaf of `edit_slots` apart."""
-        others = [name for method in self._others if method is not None for name in method.wants if name != LEAF]
-        return (*self.wants, *others, *self.fold_wants)
+        """Names of the parameters without default of all that a fire calls, but for those that it makes itself."""
+        others = [name for method in self._called for name in method.wants if name != LEAF]
+        made = dict(self.derived)
+        return tuple(name for name in (*self.wants, *others, *self.fold_wants) if name not in made)
 
     @property
     def edits_state(self) -> bool:
@@ -133,14 +134,27 @@ class Edit:
     def _others(self) -> tuple[Method | None, Method | None]:
         return self.edit_slots, self.edit_optimizer
 
+    @property
+    def _called(self) -> tuple[Method, ...]:
+        """What a fire calls beside the surgery itself."""
+        functions = (*self._others, self.figures, *(method for _, method in self.derived))
+        return tuple(method for method in functions if method is not None)
+
     def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the trainer's inputs that this surgery asks for.
 
         Raises:
-          InputError: one that it needs is not there.
+          InputError: one that it needs is not there, or one is there that it makes itself.
         """
-        optional = [name for method in self._others if method is not None for name in method.may_take if name != LEAF]
+        optional = [name for method in self._called for name in method.may_take if name != LEAF]
         asked = dict.fromkeys((*self.needs, *self.may_take, *optional))
+        twice = [name for name, _ in self.derived if name in given]
+        if twice:
+            raise InputError(
+                f"The surgery {self.name} computes {twice[0]!r} itself, and the train loop passes it too.",
+                found=f"inputs {listed(given)}",
+                write=f"hooks(step, state) without {twice[0]}=, or the surgery without its function for it",
+            )
         missing = [name for name in self.needs if name not in given and name not in RESERVED]
         if missing:
             raise InputError(
@@ -187,7 +201,7 @@ def as_edit(surgery: Any) -> Edit:
             if inspect.isclass(surgery)
             else "a function such as lambda kernel: 2 * kernel",
         )
-    first, wants, may_take = _parameters(surgery, name)
+    first, wants, may_take = parameters_of(surgery, name)
     preserves = getattr(surgery, "preserves", "nothing")
     if preserves not in PRESERVES:
         raise SurgeryFunctionError(
@@ -196,7 +210,7 @@ def as_edit(surgery: Any) -> Edit:
             write=f"one of {', '.join(PRESERVES)}",
         )
     fold_back = getattr(surgery, "fold_back", None)
-    fold_wants = () if fold_back is None else _parameters(fold_back, f"{name}.fold_back")[1]
+    fold_wants = () if fold_back is None else parameters_of(fold_back, f"{name}.fold_back")[1]
     if {"path", "memory"} & set(fold_wants):
         raise SurgeryFunctionError(
             f"The fold_back of {name} asks for `path` or `memory`; it is given leaves, `key`, `step` and inputs.",
@@ -210,8 +224,78 @@ def as_edit(surgery: Any) -> Edit:
         )
     edit = Edit(surgery, name, first == "leaves", wants, may_take, preserves, fold_back, fold_wants)
     return dataclasses.replace(
-        edit, init_memory=_init_memory(edit), observe=_method(edit, "observe"), edit_slots=_edit_slots(edit)
+        edit,
+        init_memory=_init_memory(edit),
+        observe=_method(edit, "observe"),
+        edit_slots=_edit_slots(edit),
+        derived=_derived(edit),
+        **_figures(edit),
+        rule=getattr(surgery, "opt_state", None),
+        starts_anew=bool(getattr(surgery, "starts_anew", False)),
     )
+
+
+def _derived(edit: Edit) -> tuple[tuple[str, Method], ...]:
+    """What a surgery computes once per fire."""
+    functions = getattr(edit.function, "derived", None) or {}
+    if not isinstance(functions, Mapping):
+        raise SurgeryFunctionError(
+            f"{edit.name}.derived is a mapping from the name of an input to the function that makes it.",
+            found=type(functions).__name__,
+            write="a property, if it depends on fields: @property def derived(self): return {...}",
+        )
+    found: dict[str, Method] = {}
+    for name, function in functions.items():
+        method = _derived_method(edit, name, function)
+        of_state = method.takes(STATE)
+        late = [want for want in method.wants if want in functions and (want not in found or (
+            of_state and not found[want].takes(STATE)))]  # fmt: skip
+        if late:
+            raise SurgeryFunctionError(
+                f"{method.name} asks for {late[0]!r}, which is made after it.",
+                found=f"the order {listed(functions)}",
+                write="what it asks for in front of it; functions of `state` come before those of `leaves`",
+            )
+        found[name] = method
+    return tuple(found.items())
+
+
+def _derived_method(edit: Edit, name: str, function: Any) -> Method:
+    called = f"{edit.name}.derived[{name!r}]"
+    if not callable(function) or name in RESERVED or not name.isidentifier():
+        raise SurgeryFunctionError(
+            f"{called} is no function under a name that an input can have.",
+            found=quoted(function) if name not in RESERVED else f"the name {name!r}, which is reserved",
+            write='derived = {"grads": lambda state, batch: jax.grad(loss)(state.params, batch)}',
+        )
+    first, wants, may_take = parameters_of(function, called)
+    method = Method(function, called, (first, *wants), may_take)
+    alone = (LEAVES, "memory")
+    _refuse_reserved(method, ("path",), "`state`, or `leaves` and `memory`, `key`, `step` and inputs")
+    if method.takes(STATE) and (method.takes(LEAVES) or method.takes("memory")):
+        raise SurgeryFunctionError(
+            f"{called} asks for the whole state and for the selected leaves.",
+            found=f"({listed((*method.wants, *method.may_take))})",
+            write="two functions: the second is given, by its name, what the first has made",
+        )
+    if not edit.many and any(map(method.takes, alone)):
+        raise SurgeryFunctionError(
+            f"{called} asks for {listed(filter(method.takes, alone))}, and the surgery takes one leaf at a time.",
+            write="`leaves` as the first parameter of the surgery, or a function of `state`",
+        )
+    return method
+
+
+def _figures(edit: Edit) -> dict[str, Any]:
+    """What a surgery measures."""
+    method, names = _method(edit, "figures"), getattr(edit.function, "figure_names", None)
+    if (method is None) != (names is None):
+        raise SurgeryFunctionError(
+            f"{edit.name} has {'figures' if names is None else 'names of figures'} without "
+            f"{'their names' if names is None else 'figures'}, and room for them is made before the first fire.",
+            write='def figures(self, leaf) -> {"largest": ...}, and def figure_names(self, paths) -> ("largest",)',
+        )
+    return {"figures": method, "figure_names": names}
 
 
 def _optimizer_edit(surgery: Any, name: str) -> Edit:
@@ -223,7 +307,7 @@ def _optimizer_edit(surgery: Any, name: str) -> Edit:
             found=f"edit_optimizer and {listed(others)}",
             write="two surgeries, each with one of them",
         )
-    method = Method(surgery.edit_optimizer, f"{name}.edit_optimizer", *_parameters(surgery.edit_optimizer, name)[1:])
+    method = Method(surgery.edit_optimizer, f"{name}.edit_optimizer", *parameters_of(surgery.edit_optimizer, name)[1:])
     _refuse_reserved(method, ("path", "memory"), "`key`, `step` and inputs; `optimizer.paths` are the selected leaves")
     return Edit(surgery, name, False, (), (), "nothing", edit_optimizer=method)
 
@@ -238,7 +322,7 @@ def _edit_slots(edit: Edit) -> Method | None:
             f"{edit.name}.edit_slots is given the slots of one leaf, and the surgery takes all leaves at once.",
             write="def __call__(self, leaf): return leaf",
         )
-    method = Method(function, f"{edit.name}.edit_slots", *_parameters(function, f"{edit.name}.edit_slots")[1:])
+    method = Method(function, f"{edit.name}.edit_slots", *parameters_of(function, f"{edit.name}.edit_slots")[1:])
     _refuse_reserved(method, ("memory",), "`leaf`, `path`, `key`, `step` and inputs")
     return method
 
@@ -255,7 +339,7 @@ def _method(edit: Edit, attribute: str) -> Method | None:
     if function is None:
         return None
     name = f"{edit.name}.{attribute}"
-    first, wants, may_take = _parameters(function, name)
+    first, wants, may_take = parameters_of(function, name)
     if (first == "leaves") != edit.many:
         raise SurgeryFunctionError(
             f"{name} and the surgery itself do not take leaves in the same form.",
@@ -291,37 +375,6 @@ def _init_memory(edit: Edit) -> Method | None:
             write="def init_memory(self, leaf)",
         )
     return init
-
-
-def _parameters(function: Callable[..., Any], name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """Name of the first parameter, names without and with a default of the others."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError) as error:
-        raise SurgeryFunctionError(
-            f"The signature of {name} cannot be read.", write=f"lambda leaf: {name}(leaf)"
-        ) from error
-    parameters = list(signature.parameters.values())
-    if not parameters or parameters[0].kind not in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    ):
-        raise SurgeryFunctionError(
-            f"{name} takes no leaf: its first parameter must be positional.",
-            found=str(signature),
-            write="def edit(kernel, ...)",
-        )
-    rest = parameters[1:]
-    for parameter in rest:
-        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise SurgeryFunctionError(
-                f"{name} takes {parameter}; parameters are filled by name, so each needs one.",
-                found=str(signature),
-                write="the names of the inputs it uses",
-            )
-    wants = tuple(p.name for p in rest if p.default is inspect.Parameter.empty)
-    may_take = tuple(p.name for p in rest if p.default is not inspect.Parameter.empty)
-    return parameters[0].name, wants, may_take
 
 
 def describe(surgery: Any) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flax_surgery_hooks.calling import figure_names
 from flax_surgery_hooks.guards import Function, passes
 from flax_surgery_hooks.metrics import FIELDS, Change, FireFigures, table_of
+from flax_surgery_hooks.operation import Operation, Unit
 from flax_surgery_hooks.perform import Edited
 
 
@@ -56,6 +58,31 @@ def judge(units: Sequence[jax.Array], guard: Function | None = None) -> Verdict:
     figures = FireFigures.of(params, slots).compute_flat()
     ok = finite if guard is None else finite & passes(guard, figures)
     return Verdict(ok, finite, figures, table_of(leaves))
+
+
+def names_of(operation: Operation, plan: Sequence[Unit]) -> tuple[str, ...]:
+    """The names of the figures that a surgery measures itself, for all units of a fire; of one leaf, with its path.
+
+    Raises:
+      UserCodeError, SurgeryFunctionError: see `calling.figure_names`.
+    """
+    if not operation.figures or operation.edit.figures is None:
+        return ()
+    many = operation.edit.many
+    found = [(unit.paths[0], figure_names(operation.edit, unit.paths)) for unit in plan]
+    return tuple(name if many else f"{name}/{path}" for path, names in found for name in names)
+
+
+def named(operation: Operation, plan: Sequence[Unit], units: Sequence[Any]) -> dict[str, Any]:
+    """The figures that a surgery measures itself, by name, of `Edited.figures` of each unit."""
+    names = names_of(operation, plan)
+    return dict(zip(names, _apart([values for values in units if values is not None]), strict=True)) if names else {}
+
+
+@jax.jit
+def _apart(units: Sequence[jax.Array]) -> list[jax.Array]:
+    """Each number by itself, by one program."""
+    return [value for values in units for value in values]
 
 
 def row_of(verdict: Verdict) -> jax.Array:
