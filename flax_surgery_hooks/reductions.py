@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,11 @@ def across(places: Places) -> Iterator[None]:
         yield
     finally:
         _PLACES.reset(token)
+
+
+def known_places() -> Places:
+    """What `across` says here."""
+    return _PLACES.get() or {}
 
 
 def places_of(arrays: Iterable[tuple[Any, Any]]) -> Places:
@@ -91,33 +97,72 @@ def added(function: Callable[[Any], jax.Array], items: Sequence[Any]) -> list[ja
     """`function` of each item, where for a sharded one it is the sum of the function of its shards.
 
     Args:
-      function: from the arrays of an item, or a piece of them, to a float32 vector; all vectors have one length.
+      function: from the arrays of an item, or a piece of them, to a float32 or int32 vector; all have one length.
       items: pytrees of arrays, each of which lies in one way.
     """
+    return added_with(lambda item, piece, common: function(item), items, ())
+
+
+class Piece(NamedTuple):
+    """What `added_with` hands to its function at a time: an item, or what one device has of it.
+
+    Attributes:
+      item: which of the items.
+      mesh: of the devices that share the item; None where the function has all of it.
+      spec: how they share it.
+      local: whether the arrays are known to lie on one device, where a reshape moves nothing.
+    """
+
+    item: int = 0
+    mesh: Any = None
+    spec: PartitionSpec = PartitionSpec()
+    local: bool = False
+
+    def indices(self, leaf: jax.Array) -> jax.Array:
+        """The row-major index in the whole leaf of each element of the piece, int32."""
+        index: Any = 0
+        for axis, part in enumerate(_padded(self.spec, leaf.ndim)):
+            size = leaf.shape[axis]
+            whole = size * math.prod(self.mesh.shape[name] for name in _names(part))
+            start = _index(self.mesh, part) * size
+            index = index * whole + start + jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)
+        return index
+
+
+def added_with(
+    function: Callable[[Any, Piece, Any], jax.Array], items: Sequence[Any], common: Any
+) -> list[jax.Array]:
+    """`added` of a function that also takes which piece it has, and `common`, which every device has all of."""
     places = [_common_place(item) for item in items]
-    results: dict[int, jax.Array] = {i: function(items[i]) for i, place in enumerate(places) if place is None}
+    results: dict[int, jax.Array] = {
+        i: function(items[i], Piece(i), common)
+        for i, place in enumerate(places)
+        if place is None
+    }
     for mesh in dict.fromkeys(place.mesh for place in places if place is not None):
         members = [i for i, place in enumerate(places) if place is not None and place.mesh == mesh]
-        specs = [places[i].spec for i in members]  # type: ignore[union-attr]
-        local = functools.partial(_added_here, function, mesh, specs)
-        given = [_specs_like(items[i], spec) for i, spec in zip(members, specs, strict=True)]
-        rows = _mapped(local, mesh, (given,), PartitionSpec())([items[i] for i in members])
+        pieces = [Piece(i, mesh, places[i].spec, True) for i in members]  # type: ignore[union-attr]
+        local = functools.partial(_added_here, function, pieces)
+        given = [_specs_like(items[piece.item], piece.spec) for piece in pieces]
+        rows = _mapped(local, mesh, (given, PartitionSpec()), PartitionSpec())([items[i] for i in members], common)
         results |= dict(zip(members, rows, strict=True))
     return [results[i] for i in range(len(items))]
 
 
 def _added_here(
-    function: Callable[[Any], jax.Array], mesh: Any, specs: Sequence[PartitionSpec], items: Sequence[Any]
+    function: Callable[[Any, Piece, Any], jax.Array], pieces: Sequence[Piece], items: Sequence[Any], common: Any
 ) -> jax.Array:
     """The sums over all devices."""
-    rows = [_once(function(item), mesh, spec) for item, spec in zip(items, specs, strict=True)]
-    return jax.lax.psum(jnp.stack(rows), mesh.axis_names)
+    rows = [
+        _once(function(item, piece, common), piece.mesh, piece.spec) for item, piece in zip(items, pieces, strict=True)
+    ]
+    return jax.lax.psum(jnp.stack(rows), pieces[0].mesh.axis_names)
 
 
 def _once(value: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
     """What a device has of its shard, on one of the devices that hold this shard; zeros on the others."""
     for name in (name for name in mesh.axis_names if name not in _names(tuple(spec))):
-        value = jnp.where(jax.lax.axis_index(name) == 0, value, 0.0)
+        value = jnp.where(jax.lax.axis_index(name) == 0, value, jnp.zeros((), value.dtype))
     return value
 
 
@@ -139,7 +184,7 @@ def _mapped(function: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
 
 
 def _place_of(leaf: jax.Array) -> NamedSharding | None:
-    return (_PLACES.get() or {}).get(leaf.shape)
+    return known_places().get(leaf.shape)
 
 
 def _common_place(item: Any) -> NamedSharding | None:
