@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax_surgery_hooks import errors as errors
 from flax_surgery_hooks import metrics as metrics
+from flax_surgery_hooks import sparsity as sparsity
 from flax_surgery_hooks import surgeries as surgeries
 from flax_surgery_hooks.adapters import bind as bind
 from flax_surgery_hooks.adapters import bind_nnx as bind_nnx

@@ -76,9 +76,7 @@ def above(leaf: jax.Array, ordered: Ordered, thresholds: jax.Array, local: bool)
     if leaf.size <= _FEW:
         return _one_by_one(ordered, leaf, thresholds)
     together = functools.partial(_together, ordered, rows_of(leaf.shape, local))
-    return jax.lax.platform_dependent(
-        leaf, thresholds, cpu=together, default=functools.partial(_one_by_one, ordered)
-    )
+    return jax.lax.platform_dependent(leaf, thresholds, cpu=together, default=functools.partial(_one_by_one, ordered))
 
 
 def _together(ordered: Ordered, shape: tuple[int, ...], leaf: jax.Array, thresholds: jax.Array) -> jax.Array:

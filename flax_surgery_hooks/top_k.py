@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -159,7 +159,8 @@ def _masks(
         # With a value that is not known to XLA, or it would fold what depends on constants alone.
         leaves, cuts, lasts = jax.lax.optimization_barrier((leaves, cuts, lasts))
         return [
-            _mask(pool.ordered(leaf), cuts[group], last) for leaf, group, last in zip(leaves, groups, lasts, strict=True)
+            _mask(pool.ordered(leaf), cuts[group], last)
+            for leaf, group, last in zip(leaves, groups, lasts, strict=True)
         ]
 
 

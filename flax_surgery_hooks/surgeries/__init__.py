@@ -9,19 +9,25 @@ from flax_surgery_hooks.surgeries.optimizer_state import Rewarm as Rewarm
 from flax_surgery_hooks.surgeries.optimizer_state import SetHyperparams as SetHyperparams
 from flax_surgery_hooks.surgeries.optimizer_state import SwitchOptimizer as SwitchOptimizer
 from flax_surgery_hooks.surgeries.optimizer_state import Thaw as Thaw
+from flax_surgery_hooks.surgeries.pruning import Prune as Prune
+from flax_surgery_hooks.surgeries.sparse_training import SET as SET
+from flax_surgery_hooks.surgeries.sparse_training import RigL as RigL
 from flax_surgery_hooks.surgeries.values import Assign as Assign
 from flax_surgery_hooks.surgeries.values import Noise as Noise
 from flax_surgery_hooks.surgeries.values import Reinit as Reinit
 
 __all__ = [
+    "SET",
     "Assign",
     "ClipNorm",
     "Freeze",
     "Noise",
     "Normalize",
+    "Prune",
     "Reinit",
     "ResetMoments",
     "Rewarm",
+    "RigL",
     "Scale",
     "SetHyperparams",
     "SwitchOptimizer",

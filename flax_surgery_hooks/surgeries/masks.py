@@ -18,8 +18,8 @@ Arrays = Mapping[str, jax.Array]
 class Masked:
     """A surgery of all leaves at once that remembers a bool mask of each, True where an element is kept.
 
-    The masks lie in the train state like the leaves. `observe` keeps the other elements at zero at every step. Subclasses
-    make the masks of a fire as `derived["masks"]`.
+    The masks lie in the train state like the leaves. `observe` keeps the other elements at zero at every step.
+    Subclasses make the masks of a fire as `derived["masks"]`.
     """
 
     preserves: ClassVar[str] = "nothing"

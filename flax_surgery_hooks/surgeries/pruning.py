@@ -27,22 +27,22 @@ class Prune(Masked):
     """Sets the weights of least score to zero, and holds them there.
 
     At each fire as many weights of a leaf are kept as its sparsity at that step says, exactly: those of the largest
-    score, of equal ones the first. A sparsity of one step (`end=None`) is reached at once; else it rises from `begin` to
-    `end` by the cubic ramp of Zhu & Gupta, `s_end + (s_begin - s_end) * (1 - u) ** 3`, and the fire at or after `end`
-    reaches the target. What is dropped stays dropped: masks are nested. They are kept in the train state; call
+    score, of equal ones the first. A sparsity of one step (`end=None`) is reached at once; else it rises from `begin`
+    to `end` by the cubic ramp of Zhu & Gupta, `s_end + (s_begin - s_end) * (1 - u) ** 3`, and the fire at or after
+    `end` reaches the target. What is dropped stays dropped: masks are nested. They are kept in the train state; call
     `hooks.observe(state)` (or `hooks.in_graph`) in the train step, which sets dropped weights back to zero after each
     update. Optimizer slots are left alone (`opt_state="keep"`).
 
     Args:
       sparsity: the share of weights dropped in the end, of each leaf or, under `distribution="erk"` and
-        `scope="global"`, of all together; or a mapping from patterns of paths to shares, "**" for all other leaves. None
-        where the structure says it (N:M).
+        `scope="global"`, of all together; or a mapping from patterns of paths to shares, "**" for all other leaves.
+        None where the structure says it (N:M).
       end: the step from which on the target holds; None for at once.
       begin: the step up to which the sparsity is `initial`.
       initial: the sparsity at `begin`.
       power: of the ramp.
-      schedule: instead of `begin` and `end`, from a step (int32 scalar, traced) to the part of the way that is gone, 0 to
-        1.
+      schedule: instead of `begin` and `end`, from a step (int32 scalar, traced) to the part of the way that is gone, 0
+        to 1.
       score: "magnitude", |w|; "random"; "saliency", |w * gradient|; or a function of the leaf, which may take `path`,
         `key` and `grad` too, and returns an array of its shape.
       scope: "layer": each leaf has its own weights to keep; "global": they compete over all leaves.
@@ -86,7 +86,9 @@ class Prune(Masked):
         _check_choice("distribution", self.distribution, ("uniform", "erk"))
         if self.schedule is not None and self.end is not None:
             raise SurgeryFunctionError(
-                "Prune has a ramp from `begin` to `end`, and a schedule too.", found=f"end={self.end}", write="one of both"
+                "Prune has a ramp from `begin` to `end`, and a schedule too.",
+                found=f"end={self.end}",
+                write="one of both",
             )
         if self.end is not None:
             ramps.progress(0, self.begin, self.end, self.power)
@@ -265,7 +267,11 @@ class Prune(Masked):
 
 def structures_of(text: str | Mapping[str, str], leaves: Arrays) -> dict[str, Structure]:
     """The structure of each leaf, checked to fit it."""
-    texts = distributions.by_pattern(leaves, text, "structure") if isinstance(text, Mapping) else dict.fromkeys(leaves, text)
+    texts = (
+        distributions.by_pattern(leaves, text, "structure")
+        if isinstance(text, Mapping)
+        else dict.fromkeys(leaves, text)
+    )
     found = {path: Structure.parse(one) for path, one in texts.items()}
     for path, structure in found.items():
         structure.check(path, leaves[path].shape)
@@ -283,7 +289,9 @@ def _given(sparsity: Any, found: Mapping[str, Structure]) -> float:
 
 
 def _normed(scores: Arrays) -> dict[str, jax.Array]:
-    return {path: score / (jnp.sqrt(jnp.sum(jnp.square(score), where=score > 0)) + 1e-8) for path, score in scores.items()}
+    return {
+        path: score / (jnp.sqrt(jnp.sum(jnp.square(score), where=score > 0)) + 1e-8) for path, score in scores.items()
+    }
 
 
 def _uniform(key: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -293,4 +301,6 @@ def _uniform(key: jax.Array, leaf: jax.Array) -> jax.Array:
 def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
     if value in choices or (field == "score" and callable(value)):
         return
-    raise SurgeryFunctionError(f"Prune({field}=...) is unknown.", found=quoted(value), write=f"one of {listed(choices)}")
+    raise SurgeryFunctionError(
+        f"Prune({field}=...) is unknown.", found=quoted(value), write=f"one of {listed(choices)}"
+    )

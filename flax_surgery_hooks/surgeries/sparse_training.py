@@ -21,19 +21,19 @@ class SET(Masked):
     """Sparse evolutionary training: at each fire the smallest weights give way to as many others, drawn at random.
 
     The first masks are drawn at random by `hooks.init`; `state = hooks.observe(hooks.init(state))` makes the weights
-    sparse before the first step, and `hooks.observe(state)` in the train step keeps them so. At a fire, in each leaf, the
-    `fraction` of the kept weights with the smallest magnitude is dropped, and as many are grown among all that are not
-    kept then, those just dropped included. The number of weights never changes. Grown weights are zero, so that growth
-    alone changes no output, and start without history: first moments of zero, second moments by `fresh=`. A weight that
-    is dropped and grown at once keeps its value and moments; one that is dropped keeps its moments.
+    sparse before the first step, and `hooks.observe(state)` in the train step keeps them so. At a fire, in each leaf,
+    the `fraction` of the kept weights with the smallest magnitude is dropped, and as many are grown among all that are
+    not kept then, those just dropped included. The number of weights never changes. Grown weights are zero, so that
+    growth alone changes no output, and start without history: first moments of zero, second moments by `fresh=`. A
+    weight that is dropped and grown at once keeps its value and moments; one that is dropped keeps its moments.
 
     Args:
-      sparsity: the share of weights that are zero, of each leaf or, under "erk", of all leaves together; or a mapping from
-        patterns of paths to shares, "**" for all other leaves.
+      sparsity: the share of weights that are zero, of each leaf or, under "erk", of all leaves together; or a mapping
+        from patterns of paths to shares, "**" for all other leaves.
       end: the step from which on nothing is dropped any more; None for never, with `anneal="constant"`.
       fraction: of the kept weights that are dropped, at step 0.
-      anneal: "cosine": the fraction falls as `fraction / 2 * (1 + cos(pi * step / end))`; "constant". With a fraction of
-        0 the masks never change, which is static sparse training, the usual control.
+      anneal: "cosine": the fraction falls as `fraction / 2 * (1 + cos(pi * step / end))`; "constant". With a fraction
+        of 0 the masks never change, which is static sparse training, the usual control.
       distribution: "erk": larger leaves are sparser (Erdos-Renyi-Kernel); or "uniform".
 
     Sources: Mocanu et al. 2018 (arXiv 1707.04780); Evci et al. 2020 (RigL, arXiv 1911.11134) for ERK and annealing.
@@ -74,7 +74,8 @@ class SET(Masked):
         """The edited leaves, and the masks."""
         # Zeros of two kinds: the grown ones have no history, the dropped ones keep theirs.
         edited = {
-            path: jnp.where(masks[path], jnp.where(memory[path], leaf, 0), dropped(leaf)) for path, leaf in leaves.items()
+            path: jnp.where(masks[path], jnp.where(memory[path], leaf, 0), dropped(leaf))
+            for path, leaf in leaves.items()
         }
         return edited, masks
 
@@ -115,8 +116,8 @@ class SET(Masked):
 class RigL(SET):
     """`SET` that grows the weights with the largest gradient, "rigging the lottery".
 
-    The gradients are those of the dense weights, at the sparse ones as they are: what a weight that is zero would get. In
-    the paper a fire takes the place of a step of the optimizer; here it comes after one.
+    The gradients are those of the dense weights, at the sparse ones as they are: what a weight that is zero would get.
+    In the paper a fire takes the place of a step of the optimizer; here it comes after one.
 
     Args:
       sparsity: as for `SET`.
