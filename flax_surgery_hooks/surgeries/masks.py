@@ -25,10 +25,6 @@ class Masked:
     preserves: ClassVar[str] = "nothing"
     starts_anew: ClassVar[bool] = True
 
-    def init_memory(self, leaves: Arrays) -> dict[str, jax.Array]:
-        """Masks that keep everything."""
-        return {path: jnp.ones(leaf.shape, jnp.bool_) for path, leaf in leaves.items()}
-
     def observe(self, leaves: Arrays, memory: Arrays) -> tuple[dict[str, jax.Array], Arrays]:
         """The leaves with zeros where the mask is False. Slots stay as they are: a mask enforced is no fresh start."""
         return {path: jnp.where(memory[path], leaf, 0) for path, leaf in leaves.items()}, memory

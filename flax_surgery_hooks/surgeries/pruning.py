@@ -119,6 +119,10 @@ class Prune(Masked):
         """The gradients, if they are computed, and the masks."""
         return {**({} if self.grads is None else {"grads": self.grads}), "masks": self._chooser()}
 
+    def init_memory(self, leaves: Arrays) -> dict[str, jax.Array]:
+        """Masks that keep everything."""
+        return {path: jnp.ones(leaf.shape, jnp.bool_) for path, leaf in leaves.items()}
+
     def __call__(self, leaves: Arrays, masks: Arrays, memory: Arrays) -> tuple[dict[str, jax.Array], Arrays]:
         """The edited leaves, and the masks."""
         if not self.enforce:
