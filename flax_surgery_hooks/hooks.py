@@ -249,7 +249,8 @@ class SurgeryHooks(Resumable):
         """
         find(self._hooks, name)
         by_static = self._programs[name].values()
-        return [passes.describe() for programs in by_static for passes in programs.compiled.values()]
+        with off_mesh(()):  # as they were compiled
+            return [passes.describe() for programs in by_static for passes in programs.compiled.values()]
 
     def _attend(self, step: Any, state: Any, inputs: dict[str, Any]) -> Any:
         """A call that is not idle: something has to be done, or is wrong."""

@@ -32,7 +32,14 @@ from flax_surgery_hooks.operate import Outcome, bind_inputs, examine_abstractly,
 from flax_surgery_hooks.operation import Operation, Unit, fire_for, units
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.placement import like_neighbours
-from flax_surgery_hooks.planning import arrays_of, fire_memory, inputs_of_leaves, inputs_of_state, plan_units
+from flax_surgery_hooks.planning import (
+    arrays_of,
+    fire_memory,
+    inputs_of_leaves,
+    inputs_of_state,
+    plan_units,
+    shapes_only,
+)
 from flax_surgery_hooks.programs import Arrays, editing, foreseen, measuring
 from flax_surgery_hooks.reductions import Places, places_of
 from flax_surgery_hooks.registration import Hook
@@ -222,7 +229,7 @@ class Run:
             for (unit, one), fire in zip(self._pairs(arrays), given, strict=True)
         ]
         self._after = [
-            foreseen(self._operation, unit, stays, one, fire, may_reshape=False)[0]
+            foreseen(self._operation, unit, stays, shapes_only(one), shapes_only(fire), may_reshape=False)[0]
             for (unit, one), fire, stays in zip(self._pairs(arrays), given, self._in_place, strict=True)
         ]
         self._touched = self._touching(arrays, remembered)
