@@ -335,7 +335,7 @@ def _largest_of_groups(scores: jax.Array, n: Any, m: int, axis: int) -> jax.Arra
     scores = scores.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
     place = lax.broadcasted_iota(jnp.int32, tuple(m if i == axis + 1 else 1 for i in range(scores.ndim)), axis + 1)
     # Integers of the same order as in top-k: between floats a NaN is not larger, and subnormals can all be equal. Taken
-    # of each slice anew, not once, and not in one comparison of all pairs: XLA would keep the leaf as integers, or m of it.
+    # of each slice anew: of integers that are made once XLA keeps a leaf, and of one comparison of all pairs m leaves.
     own = ordered(scores)
     before = jnp.zeros(scores.shape, jnp.int32)
     for j in range(m):
