@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-THRESHOLDS = 15
+THRESHOLDS = 7
 """In one pass: on two cores as fast as any number from 7 to 31 (JAX 0.10); not measured on other platforms."""
 
 Count = Callable[[jax.Array], jax.Array]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_FEW = 1 << 14
+FEW = 1 << 14
 _ROW = 1 << 12
 _SHARDS_LOG2 = 3
 _ROW_LOG2 = 8
@@ -73,8 +73,8 @@ def above(leaf: jax.Array, ordered: Ordered, thresholds: jax.Array, local: bool)
       thresholds: integers of that type, a vector.
       local: whether the leaf may be reshaped at will.
     """
-    if leaf.size <= _FEW:
-        return _one_by_one(ordered, leaf, thresholds)
+    if leaf.size <= FEW:
+        return jnp.sum(ordered(leaf)[..., None] > thresholds.reshape((1,) * leaf.ndim + (-1,)), axis=tuple(range(leaf.ndim)), dtype=jnp.int32)
     together = functools.partial(_together, ordered, rows_of(leaf.shape, local))
     return jax.lax.platform_dependent(
         leaf, thresholds, cpu=together, default=functools.partial(_one_by_one, ordered)

@@ -95,13 +95,13 @@ def _by_name(
     leaves = [_checked(name, scores[name]) for name in names]
     sizes = [sum(leaf.size for leaf, of in zip(leaves, groups, strict=True) if of == group) for group in range(len(ks))]
     numbers = [_number(k, size) for k, size in zip(ks, sizes, strict=True)]
-    masks = [jnp.zeros(leaf.shape, bool) for leaf in leaves]
+    masks = [jnp.zeros(leaf.shape if leaf.size == 0 else (), bool) for leaf in leaves]
     if members := [i for i, leaf in enumerate(leaves) if leaf.size]:
         flat = tuple(leaves[i].reshape(1) if leaves[i].ndim == 0 else leaves[i] for i in members)
         places = tuple(reductions.known_places().items())
         found = _masks(flat, jnp.stack(numbers), tuple(groups[i] for i in members), places)
         for i, mask in zip(members, found, strict=True):
-            masks[i] = mask.reshape(leaves[i].shape)
+            masks[i] = mask.reshape(leaves[i].shape) if leaves[i].ndim == 0 else mask
     by_name = dict(zip(names, masks, strict=True))
     return {name: by_name[name] for name in scores}
 
@@ -283,11 +283,11 @@ def _ties_above(pool: Pool, cuts: jax.Array, thresholds: jax.Array) -> jax.Array
     lowest = jnp.iinfo(jnp.int32).min
 
     def one(leaf: jax.Array, piece: reductions.Piece, common: tuple[jax.Array, jax.Array]) -> jax.Array:
-        leaf, (cuts, thresholds) = jax.lax.optimization_barrier((leaf, common))
+        leaf, (cuts, thresholds), one = jax.lax.optimization_barrier((leaf, common, jnp.ones((), jnp.int32)))
 
         def ordered(leaf: jax.Array) -> jax.Array:
             equal = pool.ordered(leaf) == cuts[pool.groups[piece.item]]
-            return jnp.where(equal, -1 - piece.indices(leaf), lowest)
+            return jnp.where(equal, -piece.indices(leaf, one), lowest)
 
         return counting.above(leaf, ordered, thresholds[piece.item], piece.local)
 
