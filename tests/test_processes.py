@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import sparse_run
 from process_worker import Wordy
 from tiny import halve, make_hooks, make_state
 
@@ -251,6 +252,28 @@ def test_one_that_dies_between_two_fires_does_not_leave_the_other_waiting(ran):
 
 
 # A checkpoint of one process, restored by two.
+
+
+def test_a_sparse_run_on_two_processes_is_that_of_one_and_goes_on_bit_for_bit(ran):
+    """Its scores, thresholds and draws are over all shards; the run of one process is in test_sparse_resume."""
+    two = finished(ran("sparse"))
+    assert [told["same"] for told in two.told] == [True, True]
+    assert min(told["compared"] for told in two.told) > 8
+    hooks = sparse_run.make_hooks()
+    alone = sparse_run.run(hooks, sparse_run.initial(hooks)(), 7, "host")
+    ours = leaves(two)
+    for path, mask in {**alone.surgery["memory"]["rigl"], **alone.surgery["memory"]["prune"]}.items():
+        hook = "rigl" if "rigged" in path else "prune"
+        name = path.split("/")[0]
+        for kind, value in (
+            (f"['masks']['{hook}']['{path}']", mask),
+            (f"['params']['{name}']['kernel']", alone.params[name]["kernel"]),
+        ):
+            shards = ours[kind]
+            assert len(shards) == 8, (kind, sorted(shards))
+            for index, part in shards.items():
+                rows = tuple(slice(*bounds) for bounds in json.loads(index.replace("(", "[").replace(")", "]")))
+                assert part.tobytes() == np.asarray(value)[rows].tobytes(), (kind, index)
 
 
 def test_a_grown_state_goes_from_one_process_to_two(ran):
