@@ -262,18 +262,13 @@ def test_a_sparse_run_on_two_processes_is_that_of_one_and_goes_on_bit_for_bit(ra
     hooks = sparse_run.make_hooks()
     alone = sparse_run.run(hooks, sparse_run.initial(hooks)(), 7, "host")
     ours = leaves(two)
-    for path, mask in {**alone.surgery["memory"]["rigl"], **alone.surgery["memory"]["prune"]}.items():
-        hook = "rigl" if "rigged" in path else "prune"
-        name = path.split("/")[0]
-        for kind, value in (
-            (f"['masks']['{hook}']['{path}']", mask),
-            (f"['params']['{name}']['kernel']", alone.params[name]["kernel"]),
-        ):
-            shards = ours[kind]
-            assert len(shards) == 8, (kind, sorted(shards))
+    for hook, masks in alone.surgery["memory"].items():
+        for path, mask in masks.items():
+            shards = ours[f"['masks']['{hook}']['{path}']"]
+            assert len(shards) == 8, (path, sorted(shards))
             for index, part in shards.items():
                 rows = tuple(slice(*bounds) for bounds in json.loads(index.replace("(", "[").replace(")", "]")))
-                assert part.tobytes() == np.asarray(value)[rows].tobytes(), (kind, index)
+                assert part.tobytes() == np.asarray(mask)[rows].tobytes(), (path, index)
 
 
 def test_a_grown_state_goes_from_one_process_to_two(ran):
