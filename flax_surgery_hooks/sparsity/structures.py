@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_surgery_hooks.counting import ordered
 from flax_surgery_hooks.errors import SurgeryFunctionError, quoted, typed
 from flax_surgery_hooks.top_k import top_k_masks_each
 
@@ -27,7 +28,7 @@ class Structure(abc.ABC):
     """How the elements of a leaf are kept or dropped together. It is written as a text, the same everywhere.
 
     - "unstructured": every element by itself.
-    - "2:4": N:M, two of each four consecutive elements along an axis (Mishra et al. 2021, arXiv 2104.08378). The axis has
+    - "2:4": N:M, two of each four elements in a row along an axis (Mishra et al. 2021, arXiv 2104.08378). The axis has
       to be the one that a matrix product sums over: -2 in the kernels of Flax's `Dense` and `Conv`, `[..., in, out]`,
       and that is the default. Elsewhere say so: "2:4@0" for the kernel `[embed, heads, head_dim]` of an attention's
       query, key and value.
@@ -299,7 +300,7 @@ def masks(
     long as no group crosses shards; all other leaves share one `top_k_masks_each`.
 
     Args:
-      scores: path -> score of each element, of any real dtype. NaN counts as the largest; of equal units the earlier
+      scores: path -> score of each element, floats. NaN counts as the largest; of equal units the earlier
         ones, in row-major order, are kept.
       structures: path -> structure, which fits its leaf (`Structure.check`).
       kept: path -> how many units are kept, an int or a traced int32: elements, blocks or channels of the leaf; for N:M
@@ -331,19 +332,16 @@ def masks(
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _largest_of_groups(scores: jax.Array, n: Any, m: int, axis: int) -> jax.Array:
     shape = scores.shape
-    grouped = scores.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
-    place = lax.broadcasted_iota(jnp.int32, tuple(m if i == axis + 1 else 1 for i in range(grouped.ndim)), axis + 1)
-    # One fused loop over the leaf: written as one comparison of all pairs, XLA keeps m times the leaf when m is large.
-    before = jnp.zeros(grouped.shape, jnp.int32)
+    scores = scores.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
+    place = lax.broadcasted_iota(jnp.int32, tuple(m if i == axis + 1 else 1 for i in range(scores.ndim)), axis + 1)
+    # Integers of the same order as in top-k: between floats a NaN is not larger, and subnormals can all be equal. Taken
+    # of each slice anew: of integers that are made once XLA keeps a leaf, and of one comparison of all pairs m leaves.
+    own = ordered(scores)
+    before = jnp.zeros(scores.shape, jnp.int32)
     for j in range(m):
-        other = lax.slice_in_dim(grouped, j, j + 1, axis=axis + 1)
-        before += jnp.where(j < place, ~_greater(grouped, other), _greater(other, grouped))
+        other = ordered(lax.slice_in_dim(scores, j, j + 1, axis=axis + 1))
+        before += jnp.where(j < place, other >= own, other > own)
     return (before < n).reshape(shape)
-
-
-def _greater(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Whether a > b, where NaN is the largest of all: as comparisons have it, all of a group of NaN would be kept."""
-    return (a > b) | ((a != a) & (b == b))
 
 
 def _wide(scores: jax.Array) -> jax.Array:
