@@ -284,8 +284,8 @@ class Run:
         state = self.hooks.init(make_state(W, tx), **({"fires": 0} if way == "host" else {}))
         self.states, self.updated, self.fired = [state], [], []
         if way == "scan":
-            state = jax.jit(lambda state: jax.lax.scan(
-                lambda state, _: (self.hooks.in_graph(update(state)), None), state, length=STEPS)[0])(state)  # fmt: skip
+            step = lambda state, _: (self.hooks.in_graph(update(state)), None)  # noqa: E731
+            state = jax.jit(lambda state: jax.lax.scan(step, state, length=STEPS)[0])(state)
             self.states.append(state)
             self.hooks.collect(state)
             return
@@ -301,9 +301,11 @@ class Run:
         self.hooks.flush()
 
 
-@functools.cache
+_run = functools.cache(Run)
+
+
 def run(way: str, tx: Any = ADAM) -> Run:
-    return Run(way, tx)
+    return _run(way, tx)
 
 
 @pytest.fixture(params=[("host", ADAM), ("host", MOMENTUM), ("graph", ADAM)], ids=["host", "host momentum", "graph"])
