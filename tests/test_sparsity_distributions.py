@@ -257,7 +257,7 @@ def test_the_cubic_by_hand():
     assert numbers == [10_000, 7561, 5608, 4087, 2944, 2125, 1576, 1243, 1072, 1009, 1000]
 
 
-@pytest.mark.parametrize("power", [1, 2, 3.0, 8])
+@pytest.mark.parametrize("power", [1, 3.0])
 @pytest.mark.parametrize(("begin", "end"), [(0, 1), (0, 7), (3, 60), (-4, 9), (5, 5), (100, 100_000), (0, 2**27 - 1)])
 def test_a_ramp_is_what_it_says(begin, end, power):
     steps = sorted({*range(begin - 2, min(begin + 80, end + 3)), end - 1, end, end + 1})
