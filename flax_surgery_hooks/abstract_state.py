@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from flax_surgery_hooks import in_graph, memory
+from flax_surgery_hooks import in_graph, memory, room
 from flax_surgery_hooks.ahead import foresee
 from flax_surgery_hooks.errors import ResumeError, StructureError, SurgeryError, located, shorten
 from flax_surgery_hooks.ledger import Record
@@ -271,11 +271,11 @@ def _with_memory(state: Any, hooks: list[Hook], seed: int) -> Any:
     if getattr(state, "surgery", None) is None:
         return state
     fitted = memory.fitted(state, [(hook.name, hook.operation) for hook in hooks], seed, anew=True)
-    held = in_graph.buffers(fitted)
+    held = room.buffers(fitted)
     if held:
         capacity = next(iter(held.values()))["steps"].shape[0]
         able = [hook for hook in hooks if in_graph.why_on_host(hook) is None]
-        fitted = in_graph.fitted(fitted, able, capacity, (), anew=True)
+        fitted = room.fitted(fitted, able, capacity, (), anew=True)
     return fitted.replace(surgery=placed_beside(fitted.surgery, fitted.params))
 
 

@@ -9,8 +9,8 @@ import jax
 
 from flax_surgery_hooks import deriving, fires, memory
 from flax_surgery_hooks.errors import located
+from flax_surgery_hooks.making import bind_inputs
 from flax_surgery_hooks.mirrors import Mirrors, original, viewed
-from flax_surgery_hooks.operate import bind_inputs
 from flax_surgery_hooks.planning import inputs_of_state
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.slots import as_abstract

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from flax_surgery_hooks import in_graph, processes
+from flax_surgery_hooks import processes, room
 from flax_surgery_hooks.abstract_state import abstract, fields_of, placed_beside
 from flax_surgery_hooks.errors import CheckpointError, located, shorten
 from flax_surgery_hooks.hooks import SurgeryHooks
@@ -68,7 +68,7 @@ def save(
     hooks.note_checkpoints(manager)
     if not force and not manager.should_save(step):
         return False
-    if in_graph.buffers(state):
+    if room.buffers(state):
         hooks.collect(state)
     saved, tree = hooks.state_dict(step), _tree(state)
     told = [[list(names), list(leaf.shape), str(leaf.dtype)] for names, leaf in _by_names(tree).items()]
@@ -197,7 +197,7 @@ def _names(keys: Any) -> Names:
 
 def _room(state: Any) -> int:
     """For how many fires in graph a state has room."""
-    return next((int(one["steps"].shape[0]) for one in in_graph.buffers(state).values()), 0)
+    return next((int(one["steps"].shape[0]) for one in room.buffers(state).values()), 0)
 
 
 def _as_stored(target: Any, stored: Mapping[Names, Any], hooks: SurgeryHooks) -> Any:

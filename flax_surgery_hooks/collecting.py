@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from flax_surgery_hooks import checks, in_graph
+from flax_surgery_hooks import checks, in_graph, room
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.settling import NEVER, Fired
@@ -70,12 +70,12 @@ class Collector:
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state.params)):
             self.lying = in_graph.Lying.of(state)
         if checks.concrete(state) and self.ledger is None:
-            counts = {name: buffer["count"] for name, buffer in in_graph.buffers(state).items()}
+            counts = {name: buffer["count"] for name, buffer in room.buffers(state).items()}
             self._seen = {name: int(count) for name, count in jax.device_get(counts).items()}
 
     def note(self, state: Any, names: Iterable[str], step: int) -> None:
         """Keeps copies of the buffers of hooks that were due, as the next train step may take the state's own."""
-        held = in_graph.buffers(state)
+        held = room.buffers(state)
         due = {name: held[name] for name in names if name in held}
         if due:
             self._waiting.append((step, jax.tree.map(jnp.copy, due)))
@@ -98,7 +98,7 @@ class Collector:
     def renewed(self, old: Any, new: Any) -> None:
         """Takes note that a state has other buffers, as after a fire that changed shapes; the old ones are read."""
         self._waiting = []
-        before, after = in_graph.buffers(old), in_graph.buffers(new)
+        before, after = room.buffers(old), room.buffers(new)
         for name in after:
             if before.get(name) is not after[name]:
                 self._seen[name] = 0

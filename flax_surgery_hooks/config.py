@@ -29,7 +29,7 @@ from flax_surgery_hooks.config_registry import register_surgery as register_surg
 from flax_surgery_hooks.config_schedule import schedule
 from flax_surgery_hooks.config_writing import written
 from flax_surgery_hooks.errors import quoted, shorten
-from flax_surgery_hooks.surgery import as_edit
+from flax_surgery_hooks.reading import as_edit
 
 
 def hook(surgery_name: str, /, **fields: Any) -> ConfigDict:

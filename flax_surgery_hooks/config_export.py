@@ -15,8 +15,8 @@ from flax_surgery_hooks.config_reading import Report, shown
 from flax_surgery_hooks.config_registry import name_of
 from flax_surgery_hooks.count_schedules import OnCount
 from flax_surgery_hooks.guards import Bounds, told
+from flax_surgery_hooks.making import make_operation
 from flax_surgery_hooks.metric_schedules import OnMetric
-from flax_surgery_hooks.operate import make_operation
 from flax_surgery_hooks.rollback import Rollback
 from flax_surgery_hooks.rules import SlotRules, slot_rules
 from flax_surgery_hooks.schedules import AnyOf, At, Every, Schedule

@@ -90,12 +90,12 @@ def builtins() -> dict[str, type]:
 
 
 def snake_case(name: str) -> str:
-    """A class name as configs write it; a letter at its end is no word.
+    """A class name as configs write it; a capital at its end is no word of its own.
 
     >>> snake_case("ClipNorm"), snake_case("RigL")
     ('clip_norm', 'rigl')
     """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][A-Za-z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return re.sub(r"(?<=[a-zA-Z0-9])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _check_name(name: str, cls: type) -> None:

@@ -74,7 +74,11 @@ def above(leaf: jax.Array, ordered: Ordered, thresholds: jax.Array, local: bool)
       local: whether the leaf may be reshaped at will.
     """
     if leaf.size <= FEW:
-        return jnp.sum(ordered(leaf)[..., None] > thresholds.reshape((1,) * leaf.ndim + (-1,)), axis=tuple(range(leaf.ndim)), dtype=jnp.int32)
+        return jnp.sum(
+            ordered(leaf)[..., None] > thresholds.reshape((1,) * leaf.ndim + (-1,)),
+            axis=tuple(range(leaf.ndim)),
+            dtype=jnp.int32,
+        )
     together = functools.partial(_together, ordered, rows_of(leaf.shape, local))
     return jax.lax.platform_dependent(leaf, thresholds, cpu=together, default=functools.partial(_one_by_one, ordered))
 

@@ -10,7 +10,7 @@ from flax_surgery_hooks import rules
 from flax_surgery_hooks.errors import HookError, ScheduleError, located, quoted, typed
 from flax_surgery_hooks.guards import Guard
 from flax_surgery_hooks.ledger import Record
-from flax_surgery_hooks.operate import make_operation
+from flax_surgery_hooks.making import make_operation
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.registration import Hook, check_name, find, in_order
 from flax_surgery_hooks.rollback import Rollback

@@ -16,9 +16,9 @@ from flax_surgery_hooks.donation import DONATE
 from flax_surgery_hooks.errors import HookError, StateError, StepError, located, quoted
 from flax_surgery_hooks.keeping import Keeper, keep
 from flax_surgery_hooks.ledger import Ledger, Record
+from flax_surgery_hooks.making import bind_inputs
 from flax_surgery_hooks.metrics import MetricWriter
 from flax_surgery_hooks.mirrors import checked, original, viewed
-from flax_surgery_hooks.operate import bind_inputs
 from flax_surgery_hooks.operation import Operation
 from flax_surgery_hooks.passes import Program
 from flax_surgery_hooks.placement import off_mesh
@@ -249,7 +249,8 @@ class SurgeryHooks(Resumable):
         """
         find(self._hooks, name)
         by_static = self._programs[name].values()
-        return [passes.describe() for programs in by_static for passes in programs.compiled.values()]
+        with off_mesh(()):  # as they were compiled
+            return [passes.describe() for programs in by_static for passes in programs.compiled.values()]
 
     def _attend(self, step: Any, state: Any, inputs: dict[str, Any]) -> Any:
         """A call that is not idle: something has to be done, or is wrong."""

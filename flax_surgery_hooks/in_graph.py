@@ -1,11 +1,7 @@
 """Fires inside a jitted step or a scan: under `lax.cond`, over the leaves that they touch and no others.
 
 A fire in graph does what one on the host does, in the same two passes and with the same keys. Its figures wait in the
-state, in `surgery["fires"][hook]`, until the host reads them:
-
-    count: int32, how many fires of the hook there have been.
-    steps: int32 [capacity], what `state.step` was at each of the last ones; the i-th fire is at i % capacity.
-    rows: float32 [capacity, rows, fields], their figures, see `verdicts.rows_of`; no rows if nothing is measured.
+state, see `room`.
 """
 
 from __future__ import annotations
@@ -26,16 +22,22 @@ from flax_surgery_hooks.errors import HookError, StateError, located
 from flax_surgery_hooks.guards import Guard
 from flax_surgery_hooks.layers import Layer
 from flax_surgery_hooks.ledger import Record
-from flax_surgery_hooks.metrics import FIELDS
+from flax_surgery_hooks.making import bind_inputs
 from flax_surgery_hooks.mirrors import Mirrors, original, view
-from flax_surgery_hooks.operate import Outcome, bind_inputs, examine_abstractly, needs_key, record_of
-from flax_surgery_hooks.operation import Operation, Unit, fire_for, units
-from flax_surgery_hooks.paths import listed
-from flax_surgery_hooks.placement import like_neighbours
-from flax_surgery_hooks.planning import arrays_of, fire_memory, inputs_of_leaves, inputs_of_state, plan_units
+from flax_surgery_hooks.operate import Outcome, examine_abstractly, needs_key, record_of
+from flax_surgery_hooks.operation import Unit, fire_for
+from flax_surgery_hooks.planning import (
+    arrays_of,
+    fire_memory,
+    inputs_of_leaves,
+    inputs_of_state,
+    plan_units,
+    shapes_only,
+)
 from flax_surgery_hooks.programs import Arrays, editing, foreseen, measuring
 from flax_surgery_hooks.reductions import Places, places_of
 from flax_surgery_hooks.registration import Hook
+from flax_surgery_hooks.room import buffers, measures, noted, with_own
 from flax_surgery_hooks.settling import Fired, told
 from flax_surgery_hooks.surgery import path_hash
 from flax_surgery_hooks.train_state import Parts, put_back, take_apart
@@ -51,74 +53,6 @@ def why_on_host(hook: Hook) -> str | None:
     if hook.rollback is not None:
         return "what it keeps for a rollback lies outside of the train state"
     return "values that the host reads decide when" if hook.when.watched else None
-
-
-def measures(operation: Operation) -> bool:
-    """Whether a fire has figures, or a guard that needs some of them."""
-    return operation.figures or operation.guard != "off"
-
-
-def fitted(state: Any, hooks: Sequence[Hook], capacity: int, mirrors: Mirrors, *, anew: bool = False) -> Any:
-    """The state with room for the figures of fires in graph; what fits already is kept.
-
-    Args:
-      state: concrete, abstract or traced.
-      hooks: those that can fire in graph.
-      capacity: how many fires of each there is room for.
-      mirrors: fields of the state that mirror the parameters.
-      anew: whether what does not fit is made anew.
-
-    Raises:
-      StateError: the state holds buffers that do not fit.
-    """
-    if not hooks or not capacity or not hasattr(state, "surgery"):
-        return state
-    held = buffers(state)
-    made = {}
-    for hook in hooks:
-        with located(hook=hook.name):
-            shapes = _shapes(view(state, mirrors, hook.operation.fields), hook.operation, capacity)
-            made[hook.name] = _made(state, held.get(hook.name), shapes, anew)
-    return state.replace(surgery={**(state.surgery or {}), "fires": made})
-
-
-def buffers(state: Any) -> dict[str, Any]:
-    """Hook -> its buffer; empty where there are none."""
-    surgery = getattr(state, "surgery", None)
-    return dict(surgery.get("fires", {})) if isinstance(surgery, Mapping) else {}
-
-
-def _shapes(state: Any, operation: Operation, capacity: int) -> dict[str, jax.ShapeDtypeStruct]:
-    plan = units(operation, take_apart(state).params, {})
-    # A guard's own verdict is told beside the figures: figures of another program might round to another side of it.
-    judged_too = operation.bound is not None
-    own = -(-len(names_of(operation, plan)) // FIELDS)
-    rows = sum(len(unit.paths) + 2 for unit in plan) + judged_too + own if measures(operation) else 0
-    return {
-        "count": jax.ShapeDtypeStruct((), jnp.int32),
-        "steps": jax.ShapeDtypeStruct((capacity,), jnp.int32),
-        "rows": jax.ShapeDtypeStruct((capacity, rows, FIELDS), jnp.float32),
-    }
-
-
-def _made(state: Any, kept: Any, shapes: dict[str, jax.ShapeDtypeStruct], anew: bool) -> Any:
-    if kept is not None:
-        found = {name: jnp.shape(leaf) for name, leaf in kept.items()}
-        if found == {name: leaf.shape for name, leaf in shapes.items()}:
-            return kept
-        if not anew:
-            raise StateError(
-                "The state's room for figures of fires does not fit the hook.",
-                found=str(found),
-                write="the selection and fires= with which it was saved, or a state whose `surgery` has no 'fires'",
-            )
-    leaves = jax.tree.leaves(state.params)
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        return shapes
-    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return zeros
-    return {name: like_neighbours(leaves, leaf) for name, leaf in zeros.items()}
 
 
 class About(NamedTuple):
@@ -222,7 +156,7 @@ class Run:
             for (unit, one), fire in zip(self._pairs(arrays), given, strict=True)
         ]
         self._after = [
-            foreseen(self._operation, unit, stays, one, fire, may_reshape=False)[0]
+            foreseen(self._operation, unit, stays, shapes_only(one), shapes_only(fire), may_reshape=False)[0]
             for (unit, one), fire, stays in zip(self._pairs(arrays), given, self._in_place, strict=True)
         ]
         self._touched = self._touching(arrays, remembered)
@@ -327,7 +261,7 @@ class Run:
             ok = verdict.ok if operation.guard != "off" else None
             rows, seeds = jnp.concatenate([each.changes for each in first]), [each.seeds for each in first]
             rows = rows if operation.bound is None else jnp.concatenate([rows, row_of(verdict)])
-            rows = _with_own(rows, [each.figures for each in first if each.figures is not None])
+            rows = with_own(rows, [each.figures for each in first if each.figures is not None])
             # Without this XLA would see that both passes make the same values, and keep these in between.
             arrays, ok, seeds = jax.lax.optimization_barrier((arrays, ok, seeds))
         new = [
@@ -345,23 +279,8 @@ class Run:
             {place: after.params.values[place] for place in touched.params},
             {index: after.opt_leaves[index] for index in touched.opt_leaves},
             remembered,
-            _noted(touched.buffer, step, rows),
+            noted(touched.buffer, step, rows),
         )
-
-
-def _with_own(rows: jax.Array, figures: Sequence[jax.Array]) -> jax.Array:
-    """Rows of figures, and below them those that the surgery measures itself."""
-    if not figures:
-        return rows
-    own = jnp.concatenate(list(figures))
-    return jnp.concatenate([rows, jnp.pad(own, (0, -own.size % FIELDS)).reshape(-1, FIELDS)])
-
-
-def _noted(buffer: Any, step: Any, rows: Any) -> Any:
-    """The buffer with one more fire, in the place of the oldest."""
-    at = buffer["count"] % buffer["steps"].shape[0]
-    kept = buffer["rows"] if rows is None else buffer["rows"].at[at].set(rows)
-    return {"count": buffer["count"] + 1, "steps": buffer["steps"].at[at].set(step), "rows": kept}
 
 
 def _step_of(state: Any) -> Any:
@@ -399,32 +318,6 @@ def _sharding(leaf: Any, seen: Any) -> Any:
     typed = getattr(jax.typeof(leaf), "sharding", None)
     explicit = isinstance(typed, NamedSharding) and AxisType.Explicit in typed.mesh.axis_types
     return typed if explicit else None
-
-
-def check_ready(state: Any, hooks: Sequence[Hook]) -> None:
-    """Raises unless the state has room for the figures of these hooks.
-
-    Raises:
-      StateError: it has not.
-      HookError: there is no hook that could fire or observe.
-    """
-    held = buffers(state)
-    missing = [hook.name for hook in hooks if hook.name not in held]
-    if missing and not hasattr(state, "surgery"):
-        raise StateError(
-            "Hooks that fire in graph keep their figures in the state, which has no `surgery` field.",
-            hook=missing[0],
-            found=type(state).__name__,
-            write="fsh.TrainState, or a field `surgery: Any = None` on your own; hooks.observe(state) fires nothing",
-        )
-    if missing:
-        raise StateError(
-            "Hooks that fire in graph keep their figures in the state, which has no room for them yet.",
-            hook=missing[0],
-            found=f"room for {listed(held) or 'no hook'}",
-            write="state = hooks.init(state), once all hooks are added, before the first train step; "
-            "hooks.observe(state) fires nothing",
-        )
 
 
 def check_not_empty(hooks: Sequence[Hook], observes: bool) -> None:

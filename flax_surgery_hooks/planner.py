@@ -20,8 +20,9 @@ import numpy as np
 from flax_surgery_hooks import deriving, memory, optimizer_edits
 from flax_surgery_hooks.committing import commit
 from flax_surgery_hooks.errors import located
+from flax_surgery_hooks.making import bind_inputs
 from flax_surgery_hooks.mirrors import Mirrors, original, viewed
-from flax_surgery_hooks.operate import bind_inputs, needs_key
+from flax_surgery_hooks.operate import needs_key
 from flax_surgery_hooks.operation import Operation, Unit, fire_for, units
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.plan import Plan, PlannedLeaf, PlannedSlot, Row, Shape

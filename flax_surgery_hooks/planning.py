@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_surgery_hooks import deriving
 from flax_surgery_hooks.committing import slot_of
@@ -73,6 +74,11 @@ def inputs_of_leaves(
     return deriving.from_leaves(operation, leaves, remembered, {**inputs, "key": key, "step": _int32(step)}, run)
 
 
+def shapes_only(tree: Any) -> Any:
+    """A tree of arrays or tracers as shapes and dtypes, without shardings."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), tree)
+
+
 def _int32(step: Any) -> Any:
     return (
         jax.ShapeDtypeStruct((), jnp.int32) if isinstance(step, jax.ShapeDtypeStruct) else jnp.asarray(step, jnp.int32)
@@ -128,7 +134,8 @@ def _with_paths_after(operation: Operation, unit: Unit, parts: Parts, fire: Fire
     """The unit, with its leaves and slots after an edit that adds or removes some."""
     held = dict(zip(unit.paths, map(as_abstract, leaves_of(unit, parts)), strict=True))
     wide = {path: jax.ShapeDtypeStruct(leaf.shape, compute_dtype(leaf.dtype)) for path, leaf in held.items()}
-    new = jax.eval_shape(lambda leaves, fire: call_unit(operation, unit, leaves, fire).leaves, wide, fire)
+    # Shapes alone: what is made of the leaves beforehand lies under Auto axes, and a state need not.
+    new = jax.eval_shape(lambda leaves, fire: call_unit(operation, unit, leaves, fire).leaves, wide, shapes_only(fire))
     if set(new) == set(unit.paths):
         return unit
     if unit.layers:

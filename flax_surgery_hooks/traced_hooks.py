@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from flax_surgery_hooks import checks, fires, in_graph, memory
+from flax_surgery_hooks import checks, fires, in_graph, memory, room
 from flax_surgery_hooks.agreement import Agreement
 from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.errors import HookError, quoted
@@ -66,7 +66,7 @@ class TracedHooks(HookSet):
             self._agree("hooks.init", state)
         with off_mesh(state):
             state = memory.fitted(state, self._named(), self.seed)
-            state = written(in_graph.fitted(state, self._graphable(), fires, self.mirrors))
+            state = written(room.fitted(state, self._graphable(), fires, self.mirrors))
         self._collector.begin(state)
         return state
 
@@ -97,7 +97,7 @@ class TracedHooks(HookSet):
         self._agree("hooks.in_graph")
         hooks, graphable = self._ordered(), self._graphable()
         in_graph.check_not_empty(hooks, any(hook.operation.edit.observe is not None for hook in hooks))
-        in_graph.check_ready(state, graphable)
+        room.check_ready(state, graphable)
         state = memory.observe(state, self._named(), self.seed, inputs)
         state, about = fire_due(state, graphable, self.seed, inputs, self.mirrors, self._collector.lying)
         self._collector.traced |= about
@@ -190,7 +190,7 @@ class TracedHooks(HookSet):
         if not self._started:
             self._begin(step_of(state))
         known = len(self.ledger.records)
-        self._gather(self._collector.read(self._ordered(), in_graph.buffers(state)))
+        self._gather(self._collector.read(self._ordered(), room.buffers(state)))
         self._settler.settle(NEVER)
         self._rewake()
         return tuple(one for one in self.ledger.records[known:] if one.event in ("settled", "refused"))
@@ -253,11 +253,11 @@ class TracedHooks(HookSet):
         """The state with room for memory and figures as its new shapes need it."""
         before = state
         state = memory.fitted(state, self._named(), self.seed, anew=True)
-        held = in_graph.buffers(before)
+        held = room.buffers(before)
         if held:
             self._gather(self._collector.read(self._ordered(), held))
             capacity = next(iter(held.values()))["steps"].shape[0]
-            state = in_graph.fitted(state, self._graphable(), capacity, self.mirrors, anew=True)
+            state = room.fitted(state, self._graphable(), capacity, self.mirrors, anew=True)
             self._collector.renewed(before, state)
         return state
 
