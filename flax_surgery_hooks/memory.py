@@ -77,7 +77,9 @@ def fitted(state: Any, hooks: Sequence[Named], seed: int, *, anew: bool = False)
 
 def first_memory(operation: Operation, parts: Parts, key: Any) -> Any:
     """What a surgery remembers at first, where there is nobody to keep it."""
-    return _all_made(operation, parts, jax.random.key(0) if key is None else key, None, True)
+    # What is drawn at first has to differ from what the fire draws with this key.
+    key = jax.random.key(0) if key is None else jax.random.fold_in(key, path_hash("init_memory"))
+    return _all_made(operation, parts, key, None, True)
 
 
 def _all_made(operation: Operation, parts: Parts, key: Any, held: Any, anew: bool) -> Any:

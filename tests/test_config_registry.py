@@ -125,7 +125,14 @@ def test_every_builtin_is_known_by_its_snake_case_name():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("Normalize", "normalize"), ("ClipNorm", "clip_norm"), ("EMAReset", "ema_reset"), ("Net2Wider", "net2_wider")],
+    [
+        ("Normalize", "normalize"),
+        ("ClipNorm", "clip_norm"),
+        ("EMAReset", "ema_reset"),
+        ("Net2Wider", "net2_wider"),
+        ("SET", "set"),
+        ("RigL", "rigl"),
+    ],
 )
 def test_snake_case(name: str, expected: str):
     assert config_registry.snake_case(name) == expected

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import derived_cases
 import fuzz_cases
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapte
              "fingerprint", "freezable", "globs", "guards", "in_graph", "keeping", "kept_leaves", "layer_index",
              "layer_slots", "ledger_files", "ledger_lines", "metric_schedules", "mirrors", "optimizer",
              "optimizer_edits", "optimizer_state", "paths", "placement", "processes", "ramps", "resuming", "rewarm",
-             "rollback", "schedules", "selection", "slot_edits", "slot_gain", "straight_through", "structures",
+             "rollback", "room", "schedules", "selection", "slot_edits", "slot_gain", "straight_through", "structures",
              "switching", "targets", "traced_hooks", "trainers", "watched_schedules", "watched_values", "watching",
              "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
@@ -190,6 +191,7 @@ CASES = {
     "star_args": Case(on_plain(lambda w, **others: w), FUNCTION, ("takes **others", "filled by name")),
     "raising": Case(by_hook(lambda w: fail()), e.UserCodeError, ("raised ValueError: no luck",), A | W),
     "raising_later": Case(raising_later, e.UserCodeError, ("raised ValueError: no luck",), A | W | {"step": 3}),
+    **derived_cases.CASES,
     **memory_cases.CASES,
     **path_cases.CASES,
     **{f"found_{name}": case for name, case in fuzz_cases.CASES.items()},
