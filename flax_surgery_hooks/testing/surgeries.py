@@ -165,10 +165,9 @@ def _exchanging(
     def oracle(kernel: np.ndarray) -> dict[str, Any]:
         held = _largest(_uniform(jax.random.fold_in(streams.key(), zlib.crc32(b"init_memory"))), count)
         stay = _largest(np.where(held, np.abs(kernel), -1), count - moved)
-        grown = ~held & _largest(np.where(stay, -1, growth(streams.key())), moved)
-        source = np.where(grown, FRESH, np.arange(kernel.size).reshape(SMALL))
-        again = held & ~stay & _largest(np.where(stay, -1, growth(streams.key())), moved)
-        return {"source": source, "offset": np.where(stay | again, 0, -kernel)}
+        taken = _largest(np.where(stay, -1, growth(streams.key())), moved)
+        source = np.where(taken & ~held, FRESH, np.arange(kernel.size).reshape(SMALL))
+        return {"source": source, "offset": np.where(stay | (taken & held), 0, -kernel), "wrong_share": 2.0}
 
     return oracle
 
