@@ -50,6 +50,11 @@ def test_the_recorded_kernel_shows_what_surgeries_do():
     assert 0 < np.sum(clips.factor == 1) < clips.factor.size, "some columns are too large, not all"
     assert np.ptp(testing.SURGERIES["Normalize_axis"].edit.factor) > 0.1
     assert np.all(testing.SURGERIES["Noise"].edit.offset != testing.SURGERIES["Noise_absolute"].edit.offset)
+    for name in ("SET", "RigL"):
+        row = testing.SURGERIES[name].edit
+        zeros = np.sum(row.params(RECORDED) == 0)
+        assert 6 < zeros < 12, "some are kept, some dropped, some grown"
+        assert 0 < np.sum(row.fresh) < zeros
 
 
 # A law that cannot fail would be none.
@@ -90,6 +95,16 @@ def test_history_that_there_is_none_is_found():
     assert any("mu" in problem for problem in complaints(kept, ROWS[1:2], "carry"))
     lost = changed("Noise", source=np.full(SMALL, -1), constant=testing.SURGERIES["Noise"].edit.params(RECORDED))
     assert any("mu" in problem for problem in complaints(lost, ROWS[1:2], "carry"))
+
+
+def test_weights_that_are_dropped_keep_their_history_and_grown_ones_have_none():
+    dropped = testing.SURGERIES["Prune"].edit.offset != 0
+    anew = changed("Prune", source=np.where(dropped, -1, np.arange(12).reshape(SMALL)), like="reinitialise")
+    assert any("mu" in problem for problem in complaints(anew, ROWS[1:2], "carry"))
+    grown = testing.SURGERIES["RigL"].edit.fresh
+    assert grown.any()
+    kept = changed("RigL", source=np.arange(12).reshape(SMALL), offset=testing.SURGERIES["RigL"].edit.offset)
+    assert any("mu" in problem for problem in complaints(kept, ROWS[1:2], "carry"))
 
 
 def test_an_oracle_without_a_mistake_is_none():

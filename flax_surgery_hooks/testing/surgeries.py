@@ -147,6 +147,36 @@ def _model(key: jax.Array) -> dict[str, jax.Array]:
     return {"kernel": 0.1 * jax.random.normal(key, SMALL), "bias": jnp.zeros(4)}
 
 
+def _largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Which elements are the `count` largest."""
+    return scores >= np.sort(scores, axis=None)[-count]
+
+
+def _dropping(kept: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], dict[str, Any]]:
+    """The oracle of a surgery that leaves zeros with the history of their elements: of a constant that is added."""
+    return lambda kernel: {"offset": np.where(kept(kernel), 0, -kernel), "wrong_share": 2.0}
+
+
+def _exchanging(
+    count: int, moved: int, growth: Callable[[jax.Array], np.ndarray]
+) -> Callable[[np.ndarray], dict[str, Any]]:
+    """The oracle of sparse training: what is dropped keeps its history, and what is grown has none."""
+
+    def oracle(kernel: np.ndarray) -> dict[str, Any]:
+        held = _largest(_uniform(jax.random.fold_in(streams.key(), zlib.crc32(b"init_memory"))), count)
+        stay = _largest(np.where(held, np.abs(kernel), -1), count - moved)
+        taken = _largest(np.where(stay, -1, growth(streams.key())), moved)
+        source = np.where(taken & ~held, FRESH, np.arange(kernel.size).reshape(SMALL))
+        return {"source": source, "offset": np.where(stay | (taken & held), 0, -kernel), "wrong_share": 2.0}
+
+    return oracle
+
+
+def _uniform(key: jax.Array) -> np.ndarray:
+    return np.asarray(jax.random.uniform(jax.random.fold_in(key, zlib.crc32(b"kernel")), SMALL))
+
+
+_GRADIENT = np.sin(np.arange(1.0, 13.0)).reshape(SMALL)
 _TABLE = (
     SurgeryRow("Scale", surgeries.Scale(-0.5), _scaling(lambda kernel: -0.5)),
     SurgeryRow("Normalize", surgeries.Normalize(), _scaling(lambda kernel: 1 / np.linalg.norm(kernel))),
@@ -177,6 +207,19 @@ _TABLE = (
     ),
     SurgeryRow(
         "Reinit_model", surgeries.Reinit(init=_model), _anew(lambda: 0.1 * _drawn(streams.key())), "reinitialise"
+    ),
+    SurgeryRow("Prune", surgeries.Prune(0.5), _dropping(lambda kernel: _largest(np.abs(kernel), 6)), idempotent=True),
+    SurgeryRow(
+        "SET",
+        surgeries.SET(0.5, fraction=0.5, anneal="constant"),
+        _exchanging(6, 3, _uniform),
+        "reinitialise",
+    ),
+    SurgeryRow(
+        "RigL",
+        surgeries.RigL(0.5, fraction=0.5, anneal="constant", grads=lambda state: {"kernel": jnp.asarray(_GRADIENT)}),
+        _exchanging(6, 3, lambda key: np.abs(_GRADIENT)),
+        "reinitialise",
     ),
 )
 
