@@ -395,10 +395,10 @@ def sparse(out, port, rank, count):
     from resumed import open_manager
 
     connect(port, rank, count)
-    whole_run = sparse_run.make_hooks(out / f"{rank}.jsonl", agree_secs=60)
+    whole_run = sparse_run.make_hooks(out / f"{rank}.jsonl", only=("rigl",), agree_secs=60)
     with open_manager(out / "checkpoints") as manager:
         state = sparse_run.run(whole_run, sparse_run.initial(whole_run, "auto")(), 7, "host", manager)
-    again = sparse_run.make_hooks(agree_secs=60)
+    again = sparse_run.make_hooks(only=("rigl",), agree_secs=60)
     with open_manager(out / "checkpoints") as manager:
         resumed = fsh.checkpoint.restore(manager, sparse_run.initial(again, "auto"), again, step=3)
     resumed = sparse_run.run(again, resumed, 7, "host")

@@ -32,7 +32,9 @@ def gradients(state: Any, batch: Any) -> Any:
     return jax.grad(loss)(state.params, batch)
 
 
-def make_hooks(ledger: Any = None, **kwargs: Any) -> fsh.SurgeryHooks:
+def make_hooks(
+    ledger: Any = None, only: tuple[str, ...] = ("prune", "rigl", "evolve"), **kwargs: Any
+) -> fsh.SurgeryHooks:
     hooks = fsh.SurgeryHooks(seed=5, ledger=ledger, **kwargs)
     ramp = fsh.surgeries.Prune(0.9, end=10, score="saliency", grads=gradients)
     rigl = fsh.surgeries.RigL(0.8, end=20, grads=gradients, distribution="uniform")
@@ -41,6 +43,8 @@ def make_hooks(ledger: Any = None, **kwargs: Any) -> fsh.SurgeryHooks:
     # The mean of the survivors is a sum, whose order is another on another mesh.
     hooks.add("rigl", rigl, params="rigged/kernel", when=fsh.every(3), fresh="init")
     hooks.add("evolve", evolution, params="evolving/kernel", when=fsh.every(3, start=1), fresh="init")
+    for name in set(hooks.names) - set(only):
+        hooks.remove(name)
     return hooks
 
 

@@ -258,8 +258,8 @@ def test_a_sparse_run_on_two_processes_is_that_of_one_and_goes_on_bit_for_bit(ra
     """Its scores, thresholds and draws are over all shards; the run of one process is in test_sparse_resume."""
     two = finished(ran("sparse"))
     assert [told["same"] for told in two.told] == [True, True]
-    assert min(told["compared"] for told in two.told) > 8
-    hooks = sparse_run.make_hooks()
+    assert min(told["compared"] for told in two.told) > 4
+    hooks = sparse_run.make_hooks(only=("rigl",))
     alone = sparse_run.run(hooks, sparse_run.initial(hooks)(), 7, "host")
     ours = leaves(two)
     for hook, masks in alone.surgery["memory"].items():
