@@ -102,8 +102,7 @@ def _add_all(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.
 def rows_of(shape: tuple[int, ...], local: bool) -> tuple[int, ...]:
     """The shape in which the last axis of an array is one to reduce by itself: not sharded, and not short.
 
-    Where it is not known how the array lies, nothing is taken from an axis but its odd part and so many powers of two
-    that eight shards are left of it; a last axis too short for that is supposed to be whole on every device.
+    Where it is not known how the array lies, a last axis too short to give one is supposed to be whole on each device.
 
     >>> rows_of((4096, 4096), local=False), rows_of((1024, 1001), local=False), rows_of((3, 3, 512, 4), local=False)
     ((4096, 16, 256), (1024, 1, 1001), (3, 3, 8, 256))
@@ -117,8 +116,30 @@ def rows_of(shape: tuple[int, ...], local: bool) -> tuple[int, ...]:
     tail, lead = 1, list(shape)
     while len(lead) > 1 and tail * lead[-1] < _NARROW:
         tail *= lead.pop()
-    axis = lead.pop()
+    shards, rest = _unsharded(lead.pop())
+    return (*lead, shards, rest * tail)
+
+
+def _unsharded(axis: int) -> tuple[int, int]:
+    """An axis as shards of it, and what is whole on each device: its odd part, and twos beyond eight shards."""
     twos = (axis & -axis).bit_length() - 1
-    taken = min(_ROW_LOG2, max(0, twos - _SHARDS_LOG2))
-    shards = 1 << (twos - taken)
-    return (*lead, shards, axis // shards * tail)
+    shards = 1 << (twos - min(_ROW_LOG2, max(0, twos - _SHARDS_LOG2)))
+    return shards, axis // shards
+
+
+def sampled(leaf: jax.Array, spacing: int, local: bool) -> tuple[jax.Array, int]:
+    """About one of so many elements, evenly spaced, and how many elements each stands for.
+
+    >>> import jax.numpy as jnp
+    >>> sample, each = sampled(jnp.zeros((1024, 96)), 50, local=False)
+    >>> sample.size, each
+    (2048, 48)
+    """
+    shape = rows_of(leaf.shape, True) if local else leaf.shape
+    split = [(1, axis) if local else _unsharded(axis) for axis in shape]
+    slices, each = [], 1
+    for _, rest in reversed(split):
+        step = next(step for step in range(min(spacing // each, rest), 0, -1) if rest % step == 0)
+        slices = [slice(None), slice(None, None, step), *slices]
+        each *= step
+    return leaf.reshape([size for pair in split for size in pair])[tuple(slices)], each
