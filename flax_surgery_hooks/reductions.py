@@ -134,15 +134,11 @@ class Piece(NamedTuple):
         return index
 
 
-def added_with(
-    function: Callable[[Any, Piece, Any], jax.Array], items: Sequence[Any], common: Any
-) -> list[jax.Array]:
+def added_with(function: Callable[[Any, Piece, Any], jax.Array], items: Sequence[Any], common: Any) -> list[jax.Array]:
     """`added` of a function that also takes which piece it has, and `common`, which every device has all of."""
     places = [_common_place(item) for item in items]
     results: dict[int, jax.Array] = {
-        i: function(items[i], Piece(i), common)
-        for i, place in enumerate(places)
-        if place is None
+        i: function(items[i], Piece(i), common) for i, place in enumerate(places) if place is None
     }
     for mesh in dict.fromkeys(place.mesh for place in places if place is not None):
         members = [i for i, place in enumerate(places) if place is not None and place.mesh == mesh]

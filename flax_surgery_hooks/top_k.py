@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -159,7 +159,8 @@ def _masks(
         # With a value that is not known to XLA, or it would fold what depends on constants alone.
         leaves, cuts, lasts = jax.lax.optimization_barrier((leaves, cuts, lasts))
         return [
-            _mask(pool.ordered(leaf), cuts[group], last) for leaf, group, last in zip(leaves, groups, lasts, strict=True)
+            _mask(pool.ordered(leaf), cuts[group], last)
+            for leaf, group, last in zip(leaves, groups, lasts, strict=True)
         ]
 
 
@@ -269,7 +270,8 @@ def _last_ties(pool: Pool, cuts: jax.Array, wanting: jax.Array) -> jax.Array:
     groups = np.array(pool.groups)
     earlier = np.tril(groups[:, None] == groups[None], -1)
     before = jnp.where(earlier, ties[None], 0).sum(axis=1, dtype=jnp.int32)
-    taken = jnp.clip(wanting[groups] - before, 0, ties)
+    wanted = jnp.where(groups[:, None] == np.arange(pool.size)[None], wanting[None], 0).sum(axis=1, dtype=jnp.int32)
+    taken = jnp.clip(wanted - before, 0, ties)
     sizes = jnp.array([leaf.size for leaf in pool.leaves], jnp.int32)
     bracket = bisection.whole(-sizes - 1, jnp.full_like(sizes, -1), ties)
     ends, _ = bisection.search(functools.partial(_ties_above, pool, cuts), taken, bracket).found(taken)

@@ -34,7 +34,7 @@ ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapte
              "freezable", "globs", "guards", "in_graph", "keeping", "kept_leaves", "layer_index", "layer_slots",
              "ledger_files", "ledger_lines", "metric_schedules", "mirrors", "optimizer", "optimizer_edits",
              "optimizer_state", "paths", "placement", "processes", "resuming", "rewarm", "rollback", "schedules",
-             "selection", "slot_edits", "slot_gain", "switching", "targets", "traced_hooks", "trainers",
+             "selection", "slot_edits", "slot_gain", "switching", "targets", "top_k", "traced_hooks", "trainers",
              "watched_schedules", "watched_values", "watching", "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
