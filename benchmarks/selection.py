@@ -86,7 +86,7 @@ def said(side: int) -> int:
 
 def rows(fast: bool) -> list[tuple[str, str, str]]:
     """Name, figure and bound of every measurement."""
-    log, pairs = (16, 3) if fast else (24, 11)
+    log, pairs = (18, 3) if fast else (24, 11)
     table = []
     for name, count, each in (("one leaf", 1, False), ("16 leaves together", 16, False), ("16 leaves, each", 16, True)):
         selection = Selection(count, 2**log // count, each=each)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FEW = 1 << 14
+_FEW = 1 << 12
 _ROW = 1 << 12
 _SHARDS_LOG2 = 3
 _ROW_LOG2 = 8
@@ -73,14 +73,16 @@ def above(leaf: jax.Array, ordered: Ordered, thresholds: jax.Array, local: bool)
       thresholds: integers of that type, a vector.
       local: whether the leaf may be reshaped at will.
     """
-    if leaf.size <= FEW:
-        return jnp.sum(
-            ordered(leaf)[..., None] > thresholds.reshape((1,) * leaf.ndim + (-1,)),
-            axis=tuple(range(leaf.ndim)),
-            dtype=jnp.int32,
-        )
+    if leaf.size <= _FEW:
+        return few_above(leaf, ordered, thresholds)
     together = functools.partial(_together, ordered, rows_of(leaf.shape, local))
     return jax.lax.platform_dependent(leaf, thresholds, cpu=together, default=functools.partial(_one_by_one, ordered))
+
+
+def few_above(leaf: jax.Array, ordered: Ordered, thresholds: jax.Array) -> jax.Array:
+    """`above` of a small array, for which XLA compiles less: it keeps an integer per element and threshold."""
+    each = ordered(leaf)[..., None] > thresholds.reshape((1,) * leaf.ndim + (-1,))
+    return jnp.sum(each, axis=tuple(range(leaf.ndim)), dtype=jnp.int32)
 
 
 def _together(ordered: Ordered, shape: tuple[int, ...], leaf: jax.Array, thresholds: jax.Array) -> jax.Array:

@@ -252,7 +252,7 @@ def _above_in_sample(pool: Pool, spacing: int, thresholds: jax.Array) -> jax.Arr
 
     def one(leaf: jax.Array, piece: reductions.Piece, thresholds: jax.Array) -> jax.Array:
         sample, step = counting.sampled(leaf, spacing, piece.local)
-        return step * counting.above(sample, pool.ordered, thresholds[pool.groups[piece.item]], piece.local)
+        return step * counting.few_above(sample, pool.ordered, thresholds[pool.groups[piece.item]])
 
     rows = reductions.added_with(one, pool.leaves, thresholds.reshape(pool.size, -1))
     return pool.by_group([row.reshape(thresholds.shape[1:]) for row in rows])
