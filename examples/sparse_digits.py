@@ -19,7 +19,9 @@ from typing import Any
 
 import digits
 import jax
+import jax.numpy as jnp
 import ml_collections
+import optax
 import sparse_plots
 import sparse_results as results
 from tqdm import tqdm
@@ -38,15 +40,18 @@ class Plan:
     Attributes:
       num_steps: train steps of each run.
       every: steps from one due step to the next, and from one evaluation to the next.
+      often: steps from one due step to the next where masks are compared that weights or the loss alone see: those of
+        the loss follow weights that move away from them at every step.
       seeds: how many runs of each method.
     """
 
     num_steps: int = 900
     every: int = 30
+    often: int = 10
     seeds: int = 5
 
     @property
-    def ramp(self) -> dict[str, int]:
+    def ramp(self) -> dict[str, Any]:
         """Pruning begins after a sixth of the run and reaches its target after two thirds."""
         return {"begin": self.num_steps // 6, "end": self.num_steps * 2 // 3}
 
@@ -56,7 +61,7 @@ class Plan:
         return self.num_steps * 5 // 6
 
 
-FAST = Plan(num_steps=72, every=12, seeds=1)
+FAST = Plan(num_steps=72, every=12, often=12, seeds=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +70,12 @@ class Method:
 
     Attributes:
       surgery: makes the surgery of all kernels, or None for dense training.
+      often: whether it is due at every `plan.often` steps.
       through: whether the loss sees the weights through the masks, and the weights keep all elements.
     """
 
     surgery: Callable[[Plan], Any] | None = None
+    often: bool = False
     through: bool = False
 
 
@@ -99,8 +106,8 @@ GROUPS = {
         "RigL": Method(lambda plan: sparse(RigL, plan, grads=grads_of)),
     },
     "masked": {
-        "enforced": Method(lambda plan: Prune(MASKED, **plan.ramp)),
-        "straight-through": Method(lambda plan: Prune(MASKED, **plan.ramp, enforce=False), through=True),
+        "enforced": Method(lambda plan: Prune(MASKED, **plan.ramp), often=True),
+        "straight-through": Method(lambda plan: Prune(MASKED, **plan.ramp, enforce=False), often=True, through=True),
     },
 }
 """Per comparison the control, and what is compared with it."""
@@ -115,11 +122,24 @@ def config_of(plan: Plan, seed: int) -> ml_collections.ConfigDict:
     return config
 
 
+@functools.cache
+def optimizer(plan: Plan) -> optax.GradientTransformation:
+    """One for all runs: what is compiled for a state depends on the optimizer that it holds."""
+    return digits.create_state(config_of(plan, 0)).tx
+
+
+def initial_state(plan: Plan, seed: int) -> fsh.TrainState:
+    """Params drawn by a seed, and a step that is an array from the start, so that the train step compiles once."""
+    params = digits.init_params(jax.random.key(seed))
+    state = fsh.TrainState.create(apply_fn=digits.MODEL.apply, params=params, tx=optimizer(plan))
+    return state.replace(step=jnp.int32(0))
+
+
 def make_hooks(method: Method, plan: Plan, seed: int) -> fsh.SurgeryHooks:
     """The hook of a method, if it has one."""
     hooks = fsh.SurgeryHooks(seed=seed)
     if method.surgery is not None:
-        due = fsh.every(plan.every, stop=plan.last)
+        due = fsh.every(plan.often if method.often else plan.every, stop=plan.last)
         hooks.add("sparse", method.surgery(plan), params=KERNELS, when=due)
     return hooks
 
@@ -150,8 +170,9 @@ def train(method: Method, plan: Plan, seed: int, bar: Any) -> dict[str, Any]:
     """One run, and what was measured of it."""
     config, (train_split, test_split) = config_of(plan, seed), digits.load_data()
     hooks = make_hooks(method, plan, seed)
-    state = digits.create_state(config)
-    state = hooks.observe(hooks.init(state, fires=0))  # sparse methods are sparse before the first step
+    state = hooks.observe(
+        hooks.init(initial_state(plan, seed), fires=0)
+    )  # sparse methods are sparse before the first step
     train_step, data = make_train_step(method, hooks), digits.batches(train_split, config.batch_size, seed)
     scores: dict[int, Any] = {}
     for step in range(1, plan.num_steps + 1):
@@ -215,7 +236,8 @@ def sizes() -> dict[str, int]:
 
 def main(file: pathlib.Path, picture: pathlib.Path | None, plan: Plan) -> None:
     """Measures, keeps the numbers, draws, and prints what came out."""
-    found = measure(plan)
+    with results.compiled_once():
+        found = measure(plan)
     results.keep(file, "digits", found)
     if picture is not None:
         sparse_plots.draw_digits(picture, found)

@@ -88,7 +88,8 @@ def conditions(steps: int, seeds: int) -> dict[str, Any]:
 
 def main(file: pathlib.Path, picture: pathlib.Path | None, steps: int, seeds: int) -> None:
     """Measures, keeps the numbers, draws, and prints what came out."""
-    found = measure(steps, seeds)
+    with results.compiled_once():
+        found = measure(steps, seeds)
     results.keep(file, "lm", found)
     if picture is not None:
         sparse_plots.draw_lm(picture, found)

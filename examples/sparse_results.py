@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import jax
 
 import flax_surgery_hooks as fsh
 
 PACKAGES = ("jax", "flax", "optax", "flax_surgery_hooks")
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Degrees of freedom -> the 97.5 % quantile of Student's t."""
+_CACHE = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
 Run = Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """Within, no program is compiled twice: the runs of a method differ in their seeds alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = {name: getattr(jax.config, name) for name in _CACHE}
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
 
 
 def keep(path: pathlib.Path, name: str, found: Mapping[str, Any]) -> None:
