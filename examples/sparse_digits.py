@@ -94,7 +94,7 @@ def sparse(surgery: Callable[..., Any], plan: Plan, **fields: Any) -> Any:
     return surgery(SPARSE, end=plan.num_steps * 3 // 4, **fields)
 
 
-PRUNED, SPARSE, MASKED = 0.9, 0.99, 0.98
+PRUNED, SPARSE, MASKED = 0.9, 0.985, 0.98
 GROUPS = {
     "pruned": {
         "dense": Method(),

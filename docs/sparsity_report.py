@@ -1,0 +1,135 @@
+"""The tables and sentences of docs/sparsity.md, from docs/sparsity.json, which the two examples of sparse training wrote.
+
+    python docs/sparsity_report.py
+
+Needs nothing but the file. Its numbers come from `python examples/sparse_digits.py --results=docs/sparsity.json
+--picture=docs/images/sparse.png` and the same of `examples/sparse_lm.py` with `docs/images/sparse_lm.png`.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sparse_results as results
+
+PAGE = pathlib.Path(__file__).with_name("sparsity.md")
+FILE = pathlib.Path(__file__).with_name("sparsity.json")
+AIM = 0.01
+"""How far below dense training pruning is to stay, as a share of the held-out images."""
+
+
+def blocks(found: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> Markdown: everything on the page that was measured."""
+    digits, lm = found["digits"], found["lm"]
+    return {
+        "digits_conditions": _digits_conditions(digits),
+        "pruned": _digits_table(digits["runs"]["pruned"]),
+        "pruned_says": _pruned_says(digits),
+        "sparse": _digits_table(digits["runs"]["sparse"]),
+        "masked": _digits_table(digits["runs"]["masked"]),
+        "lm_conditions": _lm_conditions(lm),
+        "lm": _lm_table(lm["runs"]),
+    }
+
+
+def fill(text: str, found: Mapping[str, Any]) -> str:
+    """A Markdown text with what was measured in its places, which comments `<!-- measured: NAME -->` mark."""
+    made = blocks(found)
+
+    def one(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{made[match[2]]}\n<!-- end -->"
+
+    return re.sub(r"(<!-- measured: (\w+) -->).*?<!-- end -->", one, text, flags=re.DOTALL)
+
+
+def apart(runs: Sequence[results.Run], control: Sequence[results.Run], what: str, scale: float, digits: int) -> str:
+    """The mean difference to the control, and its 95 % interval.
+
+    >>> runs = [{"seed": seed, "accuracies": [0.9 + 0.01 * seed]} for seed in range(3)]
+    >>> apart(runs, [{**run, "accuracies": [0.9]} for run in runs], "accuracies", 100.0, 2)
+    '+1.00 ± 2.48'
+    """
+    found = results.differences(runs, control, what)
+    return f"{scale * results.mean(found):+.{digits}f} ± {scale * results.interval(found):.{digits}f}"
+
+
+def _digits_conditions(found: Mapping[str, Any]) -> str:
+    given, config = found["conditions"], found["conditions"]["config"]
+    plan, kernels = given["plan"], given["kernels"]
+    return f"""\
+- Network, data and optimizer of `examples/digits.py`: {given["images"]["train"]:,} images to train on and
+  {given["images"]["held_out"]} held out, {config["batch_size"]} a batch, `adamw` with a learning rate that rises to
+  `{config["learning_rate"]}` over {config["warmup_steps"]} steps and falls to `{config["end_learning_rate"]}` by a cosine, after
+  clipping by a global norm of 1.
+- {plan["num_steps"]} steps, {plan["seeds"]} seeds. A seed decides the weights at first, the batches and the masks; runs of
+  the same seed are compared with each other. One image is {100 / given["images"]["held_out"]:.2f} points of accuracy.
+- {len(kernels)} kernels of {sum(kernels.values()):,} weights in all. Masks change every {plan["every"]} steps
+  (every {plan["often"]} in the third comparison), for the last time at step {plan["last"]} or before.
+- Pruning begins at step {plan["begin"]} and reaches its target at step {plan["end"]}.
+- Measured on {found["date"]} with {_versions(found)}."""
+
+
+def _versions(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found["versions"].items() if "surgery" not in name)
+
+
+def _digits_table(runs: Mapping[str, Sequence[results.Run]]) -> str:
+    control = next(iter(runs))
+    rows = [["", "held-out accuracy, %", "worst and best seed", f"points beside {control}", "held-out loss"]]
+    for name, ones in runs.items():
+        accuracies = results.last(ones, "accuracies")
+        beside = "" if name == control else apart(ones, runs[control], "accuracies", 100.0, 2)
+        span = f"{100 * min(accuracies):.2f} to {100 * max(accuracies):.2f}"
+        loss = f"{results.mean(results.last(ones, 'losses')):.3f}"
+        rows.append([name, f"{100 * results.mean(accuracies):.2f}", span, beside, loss])
+    return _markdown(rows)
+
+
+def _pruned_says(found: Mapping[str, Any]) -> str:
+    """Whether the aim was reached, by the mean and by the interval."""
+    runs = found["runs"]["pruned"]
+    gaps = results.differences(runs["pruned"], runs["dense"], "accuracies")
+    centre, half = results.mean(gaps), results.interval(gaps)
+    reached = "within" if centre >= -AIM else "not within"
+    sure = "lies above" if centre - half >= -AIM else "does not lie wholly above"
+    weights = sum(found["conditions"]["kernels"].values())
+    left = round(weights * (1 - found["runs"]["pruned"]["pruned"][0]["fires"][-1]["sparsity"]))
+    return f"""\
+With {left:,} of {weights:,} kernel weights left, pruning ends {100 * abs(centre):.2f} points {"below" if centre < 0 else "above"} dense
+training: {reached} the {100 * AIM:g} point that was aimed at. The 95 % interval of the difference,
+{100 * (centre - half):+.2f} to {100 * (centre + half):+.2f}, {sure} -{100 * AIM:g}."""
+
+
+def _lm_conditions(found: Mapping[str, Any]) -> str:
+    given = found["conditions"]
+    model, config = given["model"], given["config"]
+    return f"""\
+- `configs/lm.py:sparse`: {model["layers"]} scanned blocks of width {model["width"]}, windows of {model["length"]} bytes,
+  {config["batch_size"]} a batch, {given["num_steps"]} steps, {given["seeds"]} seeds; bits per byte of a held-out sample of
+  {config["eval_windows"]} windows.
+- {100 * given["sparsity"]:g} % of the kernels of the blocks are zero, each layer of the stack by itself, shared out by `"erk"`; masks
+  move every {given["every"]} steps until step {given["end"]}, of a fraction of {given["fraction"]} at first.
+- Measured on {found["date"]} with {_versions(found)}."""
+
+
+def _lm_table(runs: Mapping[str, Sequence[results.Run]]) -> str:
+    control = next(iter(runs))
+    rows = [["", "held-out bits per byte", "best and worst seed", f"beside {control}"]]
+    for name, ones in runs.items():
+        bits = results.last(ones, "bits")
+        beside = "" if name == control else apart(ones, runs[control], "bits", 1.0, 3)
+        rows.append([name, f"{results.mean(bits):.3f}", f"{min(bits):.3f} to {max(bits):.3f}", beside])
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(fill(PAGE.read_text(), json.loads(FILE.read_text())))
