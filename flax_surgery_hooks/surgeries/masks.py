@@ -47,7 +47,8 @@ _TOLD = ("sparsity", "overlap")
 
 
 def _shares(leaf: str, size: float, kept: Any, both: Any) -> dict[str, Any]:
-    return {f"masks/sparsity{leaf}": 1 - kept / size, f"masks/overlap{leaf}": both / jnp.maximum(kept, 1)}
+    # Not 1 - kept / size, which rounds to less than 0 where everything is kept.
+    return {f"masks/sparsity{leaf}": (size - kept) / size, f"masks/overlap{leaf}": both / jnp.maximum(kept, 1)}
 
 
 def _ones(flags: jax.Array) -> jax.Array:
