@@ -1,4 +1,4 @@
-"""The tables and sentences of docs/sparsity.md, from docs/sparsity.json, which the two examples of sparse training wrote.
+"""The tables and sentences of docs/sparsity.md, from what the examples of sparse training left in docs/sparsity.json.
 
     python docs/sparsity_report.py
 
@@ -59,16 +59,17 @@ def apart(runs: Sequence[results.Run], control: Sequence[results.Run], what: str
 
 def _digits_conditions(found: Mapping[str, Any]) -> str:
     given, config = found["conditions"], found["conditions"]["config"]
-    plan, kernels = given["plan"], given["kernels"]
+    plan, kernels, images = given["plan"], given["kernels"], given["images"]
+    top, bottom = config["learning_rate"], config["end_learning_rate"]
     return f"""\
-- Network, data and optimizer of `examples/digits.py`: {given["images"]["train"]:,} images to train on and
-  {given["images"]["held_out"]} held out, {config["batch_size"]} a batch, `adamw` with a learning rate that rises to
-  `{config["learning_rate"]}` over {config["warmup_steps"]} steps and falls to `{config["end_learning_rate"]}` by a cosine, after
+- Network, data and optimizer of `examples/digits.py`: {images["train"]:,} images to train on,
+  {images["held_out"]} held out, {config["batch_size"]} a batch, `adamw` with
+  a learning rate that rises to `{top}` over {config["warmup_steps"]} steps and falls to `{bottom}` by a cosine, after
   clipping by a global norm of 1.
-- {plan["num_steps"]} steps, {plan["seeds"]} seeds. A seed decides the weights at first, the batches and the masks; runs of
-  the same seed are compared with each other. One image is {100 / given["images"]["held_out"]:.2f} points of accuracy.
-- {len(kernels)} kernels of {sum(kernels.values()):,} weights in all. Masks change every {plan["every"]} steps
-  (every {plan["often"]} in the third comparison), for the last time at step {plan["last"]} or before.
+- {plan["num_steps"]} steps, {plan["seeds"]} seeds. A seed decides the first weights, the batches and the masks that are
+  drawn; runs of the same seed are compared. One image is {100 / images["held_out"]:.2f} points of accuracy.
+- {len(kernels)} kernels of {sum(kernels.values()):,} weights in all. Hooks are due every {plan["every"]} steps,
+  in the third comparison every {plan["often"]}, and not after step {plan["last"]}.
 - Pruning begins at step {plan["begin"]} and reaches its target at step {plan["end"]}.
 - Measured on {found["date"]} with {_versions(found)}."""
 
@@ -98,21 +99,23 @@ def _pruned_says(found: Mapping[str, Any]) -> str:
     sure = "lies above" if centre - half >= -AIM else "does not lie wholly above"
     weights = sum(found["conditions"]["kernels"].values())
     left = round(weights * (1 - found["runs"]["pruned"]["pruned"][0]["fires"][-1]["sparsity"]))
+    gap = f"{100 * abs(centre):.2f} points {'below' if centre < 0 else 'above'}"
     return f"""\
-With {left:,} of {weights:,} kernel weights left, pruning ends {100 * abs(centre):.2f} points {"below" if centre < 0 else "above"} dense
-training: {reached} the {100 * AIM:g} point that was aimed at. The 95 % interval of the difference,
-{100 * (centre - half):+.2f} to {100 * (centre + half):+.2f}, {sure} -{100 * AIM:g}."""
+With {left:,} of {weights:,} kernel weights left, pruning ends {gap} dense training: {reached} the
+{100 * AIM:g} point that was aimed at. The 95 % interval of the difference, {100 * (centre - half):+.2f} to
+{100 * (centre + half):+.2f} points, {sure} -{100 * AIM:g}."""
 
 
 def _lm_conditions(found: Mapping[str, Any]) -> str:
     given = found["conditions"]
     model, config = given["model"], given["config"]
     return f"""\
-- `configs/lm.py:sparse`: {model["layers"]} scanned blocks of width {model["width"]}, windows of {model["length"]} bytes,
-  {config["batch_size"]} a batch, {given["num_steps"]} steps, {given["seeds"]} seeds; bits per byte of a held-out sample of
-  {config["eval_windows"]} windows.
-- {100 * given["sparsity"]:g} % of the kernels of the blocks are zero, each layer of the stack by itself, shared out by `"erk"`; masks
-  move every {given["every"]} steps until step {given["end"]}, of a fraction of {given["fraction"]} at first.
+- `configs/lm.py:sparse`: {model["layers"]} scanned blocks of width {model["width"]},
+  windows of {model["length"]} bytes, {config["batch_size"]} a batch, {given["num_steps"]} steps,
+  {given["seeds"]} seeds. The score is of a held-out sample of {config["eval_windows"]} windows.
+- {100 * given["sparsity"]:g} % of the weights of the blocks' kernels are zero, shared out by `"erk"` over the layers
+  of each stack. Masks move every {given["every"]} steps until step {given["end"]}, at first
+  a fraction of {given["fraction"]}.
 - Measured on {found["date"]} with {_versions(found)}."""
 
 
