@@ -119,7 +119,7 @@ def sparse(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     # Each layer of the scanned stack is a leaf of its own, which has its own number of weights.
     where = {"params": "blocks/**/kernel[:]", "every_fraction": 1 / 30, "num_steps": config.get_ref("num_steps")}
     last = config.get_ref("num_steps") * 3 // 4
-    hooks.rigl = fsh.config.hook("rigl", sparsity=0.9, end=last, **where)
-    hooks.set = fsh.config.hook("set", sparsity=0.9, end=last, enabled=False, **where)
-    hooks.static = fsh.config.hook("set", sparsity=0.9, fraction=0.0, anneal="constant", enabled=False, **where)
+    hooks.rigl = fsh.config.hook("rigl", sparsity=0.95, end=last, **where)
+    hooks.set = fsh.config.hook("set", sparsity=0.95, end=last, enabled=False, **where)
+    hooks.static = fsh.config.hook("set", sparsity=0.95, fraction=0.0, anneal="constant", enabled=False, **where)
     return hooks

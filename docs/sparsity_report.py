@@ -46,17 +46,6 @@ def fill(text: str, found: Mapping[str, Any]) -> str:
     return re.sub(r"(<!-- measured: (\w+) -->).*?<!-- end -->", one, text, flags=re.DOTALL)
 
 
-def apart(runs: Sequence[results.Run], control: Sequence[results.Run], what: str, scale: float, digits: int) -> str:
-    """The mean difference to the control, and its 95 % interval.
-
-    >>> runs = [{"seed": seed, "accuracies": [0.9 + 0.01 * seed]} for seed in range(3)]
-    >>> apart(runs, [{**run, "accuracies": [0.9]} for run in runs], "accuracies", 100.0, 2)
-    '+1.00 ± 2.48'
-    """
-    found = results.differences(runs, control, what)
-    return f"{scale * results.mean(found):+.{digits}f} ± {scale * results.interval(found):.{digits}f}"
-
-
 def _digits_conditions(found: Mapping[str, Any]) -> str:
     given, config = found["conditions"], found["conditions"]["config"]
     plan, kernels, images = given["plan"], given["kernels"], given["images"]
@@ -83,7 +72,7 @@ def _digits_table(runs: Mapping[str, Sequence[results.Run]]) -> str:
     rows = [["", "held-out accuracy, %", "worst and best seed", f"points beside {control}", "held-out loss"]]
     for name, ones in runs.items():
         accuracies = results.last(ones, "accuracies")
-        beside = "" if name == control else apart(ones, runs[control], "accuracies", 100.0, 2)
+        beside = "" if name == control else results.apart(ones, runs[control], "accuracies", 100.0, 2)
         span = f"{100 * min(accuracies):.2f} to {100 * max(accuracies):.2f}"
         loss = f"{results.mean(results.last(ones, 'losses')):.3f}"
         rows.append([name, f"{100 * results.mean(accuracies):.2f}", span, beside, loss])
@@ -124,7 +113,7 @@ def _lm_table(runs: Mapping[str, Sequence[results.Run]]) -> str:
     rows = [["", "held-out bits per byte", "best and worst seed", f"beside {control}"]]
     for name, ones in runs.items():
         bits = results.last(ones, "bits")
-        beside = "" if name == control else apart(ones, runs[control], "bits", 1.0, 3)
+        beside = "" if name == control else results.apart(ones, runs[control], "bits", 1.0, 3)
         rows.append([name, f"{results.mean(bits):.3f}", f"{min(bits):.3f} to {max(bits):.3f}", beside])
     return _markdown(rows)
 

@@ -242,7 +242,7 @@ def main(file: pathlib.Path, picture: pathlib.Path | None, plan: Plan) -> None:
     if picture is not None:
         sparse_plots.draw_digits(picture, found)
     for group, runs in found["runs"].items():
-        for line in results.lines(group, runs):
+        for line in results.lines(group, runs, "accuracies", 100.0, 2):
             print(line)
 
 

@@ -93,7 +93,7 @@ def main(file: pathlib.Path, picture: pathlib.Path | None, steps: int, seeds: in
     results.keep(file, "lm", found)
     if picture is not None:
         sparse_plots.draw_lm(picture, found)
-    for line in results.lines("bits per byte", found["runs"], "bits", 1.0):
+    for line in results.lines("bits per byte", found["runs"], "bits", 1.0, 3):
         print(line)
 
 

@@ -13,6 +13,7 @@ import plots
 import sparse_results as results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 STYLES: dict[str, dict[str, Any]] = {  # told apart by colour, by dashes and by brightness
     "dense": {"color": plots.FAINT, "linestyle": (0, (1, 1.2))},
@@ -26,7 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {  # told apart by colour, by dashes and by 
 TITLES = {
     "pruned": "Pruned to {:g} % beside dense",
     "sparse": "Sparse from the start, {:g} %",
-    "masked": "Masks on weights or in the loss, {:g} %",
+    "masked": "Enforced or straight-through, {:g} %",
 }
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -40,16 +41,15 @@ def draw_digits(path: pathlib.Path, found: Mapping[str, Any]) -> None:
     """
     groups, given = found["runs"], found["conditions"]
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(13.5, 6), dpi=150, layout="constrained")
+        figure = Figure(figsize=(15, 6), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1))
         panels = figure.subplots(2, len(groups), sharex=True, height_ratios=(2.6, 1), squeeze=False)
         for (upper, lower), (group, runs) in zip(panels.T, groups.items(), strict=True):
             title = TITLES[group].format(100 * given["sparsity"][group])
             upper.set_title(title, loc="left", fontsize=11, fontweight="bold")
-            _draw_scores(upper, runs, "accuracies", 100.0, "{:.1f} %")
-            _draw_masks(lower, runs, "overlap" if group == "sparse" else "sparsity", given["plan"]["num_steps"])
+            _draw_scores(upper, runs, "accuracies", 100.0, "{:.1f}")
+            _draw_masks(lower, runs, "sparsity" if group == "pruned" else "overlap", given["plan"]["num_steps"])
             lower.set_xlabel("train steps applied")
         panels[0][0].set_ylabel("held-out accuracy, %")
-        figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr]  # layout="constrained" above
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
@@ -115,7 +115,7 @@ def _limits(runs: Runs, what: str, scale: float) -> tuple[float, float]:
     late = scale * np.concatenate(
         [np.array(run[what])[len(run[what]) // 2 :] for ones in runs.values() for run in ones]
     )
-    margin = 0.08 * (late.max() - late.min() + 1e-3)
+    margin = 0.08 * max(late.max() - late.min(), 0.01 * scale)
     return float(late.min() - margin), float(late.max() + margin)
 
 

@@ -104,14 +104,24 @@ def differences(runs: Sequence[Run], control: Sequence[Run], what: str) -> list[
     return [a - b for a, b in zip(last(runs, what), last(control, what), strict=True)]
 
 
-def lines(group: str, runs: Mapping[str, Sequence[Run]], what: str = "accuracies", scale: float = 100.0) -> list[str]:
+def lines(group: str, runs: Mapping[str, Sequence[Run]], what: str, scale: float, digits: int) -> list[str]:
     """What a comparison found, a line for each method; the first method is the control."""
     control = next(iter(runs))
     found = []
     for name, ones in runs.items():
-        line = f"{group}, {name}: {scale * mean(last(ones, what)):.2f}, {len(ones)} seeds"
+        line = f"{group}, {name}: {scale * mean(last(ones, what)):.{digits}f}, {len(ones)} seeds"
         if name != control:
-            apart = differences(ones, runs[control], what)
-            line += f", {scale * mean(apart):+.2f} ± {scale * interval(apart):.2f} beside {control}"
+            line += f", {apart(ones, runs[control], what, scale, digits)} beside {control}"
         found.append(line)
     return found
+
+
+def apart(runs: Sequence[Run], control: Sequence[Run], what: str, scale: float, digits: int) -> str:
+    """The mean difference to the control, and its 95 % interval.
+
+    >>> runs = [{"seed": seed, "accuracies": [0.9 + 0.01 * seed]} for seed in range(3)]
+    >>> apart(runs, [{**run, "accuracies": [0.9]} for run in runs], "accuracies", 100.0, 2)
+    '+1.00 ± 2.48'
+    """
+    found = differences(runs, control, what)
+    return f"{scale * mean(found):+.{digits}f} ± {scale * interval(found):.{digits}f}"
