@@ -74,6 +74,17 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(form, at):
     assert fired(hooks) == fired(reference)
 
 
+def test_masks_are_found_without_gathering_a_leaf():
+    """What the choice of weights says to other devices is counts; the cut among equal scores as well."""
+    _, hooks, _ = uncut("host", "auto")
+    for name in hooks.names:
+        (made,) = [program for program in hooks.programs(name) if program.derives == "masks"]
+        assert {one.kind for one in made.measure_collectives} <= {"all-reduce"}, str(made)
+        assert sum(one.bytes for one in made.measure_collectives) < 2_000
+        assert made.served > 2
+        assert "makes 'masks'" in str(made)
+
+
 def test_a_run_that_forgets_its_masks_is_told_apart():
     """The check above would see it: SET and RigL would start from other masks."""
     expected, _, directory = uncut("host", "one")
