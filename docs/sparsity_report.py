@@ -1,6 +1,6 @@
 """The tables and sentences of docs/sparsity.md, from what the examples of sparse training left in docs/sparsity.json.
 
-    python docs/sparsity_report.py
+    PYTHONPATH=examples python docs/sparsity_report.py
 
 Needs nothing but the file. Its numbers come from `python examples/sparse_digits.py --results=docs/sparsity.json
 --picture=docs/images/sparse.png` and the same of `examples/sparse_lm.py` with `docs/images/sparse_lm.png`.

@@ -41,7 +41,7 @@ def draw_digits(path: pathlib.Path, found: Mapping[str, Any]) -> None:
     """
     groups, given = found["runs"], found["conditions"]
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(15, 6), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1))
+        figure = Figure(figsize=(15, 6.2), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1))
         panels = figure.subplots(2, len(groups), sharex=True, height_ratios=(2.6, 1), squeeze=False)
         for (upper, lower), (group, runs) in zip(panels.T, groups.items(), strict=True):
             title = TITLES[group].format(100 * given["sparsity"][group])
@@ -64,7 +64,7 @@ def draw_lm(path: pathlib.Path, found: Mapping[str, Any]) -> None:
     runs, given = found["runs"], found["conditions"]
     sparse = {name: ones for name, ones in runs.items() if name != "dense"}
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
+        figure = Figure(figsize=(9, 5.8), dpi=150, layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
         title = f"Language model, sparse from the start: {100 * given['sparsity']:g} % of the kernels of its blocks"
         upper.set_title(title, loc="left", fontsize=11, fontweight="bold")
@@ -72,8 +72,7 @@ def draw_lm(path: pathlib.Path, found: Mapping[str, Any]) -> None:
         upper.set_ylabel("held-out bits per byte")
         if "dense" in runs:
             level = results.mean(results.last(runs["dense"], "bits"))
-            upper.axhline(level, color=plots.INK, linewidth=1.0)
-            _label(upper, given["num_steps"], level, f"dense {level:.3f}", plots.INK)
+            upper.text(0.01, 0.03, f"↓ dense {level:.3f}, below this picture", transform=upper.transAxes)
         _draw_masks(lower, sparse, "overlap", given["num_steps"])
         lower.set_xlabel("train steps applied")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +84,7 @@ def _draw_scores(axes: Axes, runs: Runs, what: str, scale: float, form: str) -> 
     ends = {}
     for name, ones in runs.items():
         steps, values = ones[0]["steps"], scale * np.array([run[what] for run in ones])
-        axes.fill_between(steps, values.min(0), values.max(0), color=STYLES[name]["color"], alpha=0.13, linewidth=0)
+        axes.fill_between(steps, values.min(0), values.max(0), color=STYLES[name]["color"], alpha=0.11, linewidth=0)
         axes.plot(steps, values.mean(0), linewidth=1.8, **STYLES[name])
         ends[name] = float(values.mean(0)[-1])
     axes.set_ylim(*_limits(runs, what, scale))
@@ -111,12 +110,14 @@ def _label(axes: Axes, step: float, height: float, text: str, colour: str) -> No
 
 
 def _limits(runs: Runs, what: str, scale: float) -> tuple[float, float]:
-    """Around the second half of the curves: what comes before leaves the picture."""
+    """Around the second half of the curves, up to the best score of all: worse ones before it leave the picture."""
     late = scale * np.concatenate(
         [np.array(run[what])[len(run[what]) // 2 :] for ones in runs.values() for run in ones]
     )
-    margin = 0.08 * max(late.max() - late.min(), 0.01 * scale)
-    return float(late.min() - margin), float(late.max() + margin)
+    every = scale * np.concatenate([run[what] for ones in runs.values() for run in ones])
+    low, high = (late.min(), every.max()) if what == "accuracies" else (every.min(), late.max())
+    margin = 0.04 * max(high - low, 0.01 * scale)
+    return float(low - margin), float(high + margin)
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
@@ -148,6 +149,6 @@ def _draw_masks(axes: Axes, runs: Runs, what: str, num_steps: int) -> None:
         else:
             axes.plot(steps, values, linewidth=1.4, **STYLES[name])
     axes.set_xlim(0, num_steps)
-    axes.set_ylabel("masks: sparsity, %" if what == "sparsity" else "kept at a fire, %")
+    axes.set_ylabel("sparsity, %" if what == "sparsity" else "masks kept, %")
     axes.set_ylim(0 if what == "sparsity" else None, 103 if what == "sparsity" else None)
     axes.xaxis.set_major_formatter("{x:,.0f}")

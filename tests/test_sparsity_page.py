@@ -48,7 +48,7 @@ def bits(name: str) -> np.ndarray:
 
 
 def test_every_measured_figure_on_the_page_is_that_of_the_json(report):
-    assert report.fill(PAGE, FOUND) == PAGE, "run: python docs/sparsity_report.py"
+    assert report.fill(PAGE, FOUND) == PAGE, "run: PYTHONPATH=examples python docs/sparsity_report.py"
     assert sorted(BLOCK.findall(PAGE)) == sorted(report.blocks(FOUND))
 
 
@@ -60,7 +60,7 @@ def test_a_figure_that_was_changed_by_hand_is_noticed(report):
 
 
 def test_the_text_between_quotes_no_figures_of_its_own():
-    prose = re.sub(r"```.*?```|`[^`\n]*`|\(\S+\)|arXiv \d+\.\d+", "", BLOCK.sub("", PAGE), flags=re.DOTALL)
+    prose = re.sub(r"```.*?```|`[^`\n]*`|\(\S+\)|arXiv \d+\.\d+|95 % interval", "", BLOCK.sub("", PAGE), flags=re.DOTALL)
     assert re.findall(r"\d+\.\d+|\d+ ?%", prose) == []
 
 
@@ -92,6 +92,19 @@ def test_every_kept_run_is_as_sparse_as_it_was_asked_to_be():
         for run in (run for name, ones in runs.items() if name != "dense" for run in ones):
             assert run["fires"][-1]["sparsity"] == pytest.approx(asked[group], abs=1e-3)
             assert sum(run["zeros"].values()) >= math.floor(asked[group] * sum(kernels.values())) - len(kernels)
+
+
+def test_what_the_page_says_of_the_figures_holds(report):
+    dense, pruned = scores("pruned", "dense"), scores("pruned", "pruned")
+    assert dense.mean() - pruned.mean() < report.AIM
+    through = np.array([run["accuracies"] for run in FOUND["digits"]["runs"]["pruned"]["pruned"]]).mean(0)
+    assert through[len(through) // 3 : -5].min() < through[-1] - 0.1
+    static, drawn, grown = (scores("sparse", name) for name in ("static", "SET", "RigL"))
+    assert static.mean() < drawn.mean() < grown.mean()
+    assert np.ptp(static) > max(np.ptp(drawn), np.ptp(grown))
+    apart = scores("masked", "straight-through") - scores("masked", "enforced")
+    assert abs(apart.mean()) < report.results.interval(list(apart))
+    assert bits("dense").mean() < bits("RigL").mean() < bits("static").mean()
 
 
 def test_the_pictures_are_there_and_shown():
