@@ -54,11 +54,11 @@ def _digits_conditions(found: Mapping[str, Any]) -> str:
         f"{images['held_out']} held out, {config['batch_size']} a batch, `adamw` with a learning rate that rises to "
         f"`{config['learning_rate']}` over {config['warmup_steps']} steps and falls to `{config['end_learning_rate']}` "
         "by a cosine, after clipping by a global norm of 1.",
-        f"{plan['num_steps']} steps, {plan['seeds']} seeds. A seed decides the first weights, the batches and the masks "
-        "that are drawn; runs of the same seed are compared. One image is "
+        f"{plan['num_steps']} steps, {plan['seeds']} seeds. A seed decides the first weights, the batches and the "
+        "masks that are drawn; runs of the same seed are compared. One image is "
         f"{100 / images['held_out']:.2f} points of accuracy.",
-        f"{len(kernels)} kernels of {sum(kernels.values()):,} weights in all. Hooks are due every {plan['every']} steps, "
-        f"in the third comparison every {plan['often']}, and not after step {plan['last']}.",
+        f"{len(kernels)} kernels of {sum(kernels.values()):,} weights in all. Hooks are due every {plan['every']} "
+        f"steps, in the third comparison every {plan['often']}, and not after step {plan['last']}.",
         f"Pruning begins at step {plan['begin']} and reaches its target at step {plan['end']}.",
         f"Measured on {found['date']} with {_versions(found)}.",
     )
@@ -102,8 +102,8 @@ def _lm_conditions(found: Mapping[str, Any]) -> str:
     model, config, share = given["model"], given["config"], f"{100 * given['sparsity']:g} %"
     return f"`configs/lm.py:sparse`, {share} sparse:\n\n" + _bullets(
         f"{model['layers']} scanned blocks of width {model['width']}, windows of {model['length']} bytes, "
-        f"{config['batch_size']} a batch, {given['num_steps']} steps, {given['seeds']} seeds. The score is of a held-out "
-        f"sample of {config['eval_windows']} windows.",
+        f"{config['batch_size']} a batch, {given['num_steps']} steps, {given['seeds']} seeds. The score is of a "
+        f"held-out sample of {config['eval_windows']} windows.",
         f'{share} of the weights of the blocks\' kernels are zero, by `"erk"`, each layer of a stack apart. Masks move '
         f"every {given['every']} steps until step {given['end']}, at first a fraction of {given['fraction']}.",
         f"Measured on {found['date']} with {_versions(found)}.",
