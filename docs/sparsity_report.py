@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,15 +25,14 @@ AIM = 0.01
 
 def blocks(found: Mapping[str, Any]) -> dict[str, str]:
     """Name -> Markdown: everything on the page that was measured."""
-    digits, lm = found["digits"], found["lm"]
+    digits, models = found["digits"], [found[name] for name in sorted(found) if name.startswith("lm_")]
     return {
         "digits_conditions": _digits_conditions(digits),
         "pruned": _digits_table(digits["runs"]["pruned"]),
         "pruned_says": _pruned_says(digits),
         "sparse": _digits_table(digits["runs"]["sparse"]),
         "masked": _digits_table(digits["runs"]["masked"]),
-        "lm_conditions": _lm_conditions(lm),
-        "lm": _lm_table(lm["runs"]),
+        "lm": "\n\n".join(f"{_lm_conditions(one)}\n\n{_lm_table(one['runs'])}" for one in models),
     }
 
 
@@ -49,18 +49,19 @@ def fill(text: str, found: Mapping[str, Any]) -> str:
 def _digits_conditions(found: Mapping[str, Any]) -> str:
     given, config = found["conditions"], found["conditions"]["config"]
     plan, kernels, images = given["plan"], given["kernels"], given["images"]
-    top, bottom = config["learning_rate"], config["end_learning_rate"]
-    return f"""\
-- Network, data and optimizer of `examples/digits.py`: {images["train"]:,} images to train on,
-  {images["held_out"]} held out, {config["batch_size"]} a batch, `adamw` with
-  a learning rate that rises to `{top}` over {config["warmup_steps"]} steps and falls to `{bottom}` by a cosine, after
-  clipping by a global norm of 1.
-- {plan["num_steps"]} steps, {plan["seeds"]} seeds. A seed decides the first weights, the batches and the masks that are
-  drawn; runs of the same seed are compared. One image is {100 / images["held_out"]:.2f} points of accuracy.
-- {len(kernels)} kernels of {sum(kernels.values()):,} weights in all. Hooks are due every {plan["every"]} steps,
-  in the third comparison every {plan["often"]}, and not after step {plan["last"]}.
-- Pruning begins at step {plan["begin"]} and reaches its target at step {plan["end"]}.
-- Measured on {found["date"]} with {_versions(found)}."""
+    return _bullets(
+        f"Network, data and optimizer of `examples/digits.py`: {images['train']:,} images to train on, "
+        f"{images['held_out']} held out, {config['batch_size']} a batch, `adamw` with a learning rate that rises to "
+        f"`{config['learning_rate']}` over {config['warmup_steps']} steps and falls to `{config['end_learning_rate']}` "
+        "by a cosine, after clipping by a global norm of 1.",
+        f"{plan['num_steps']} steps, {plan['seeds']} seeds. A seed decides the first weights, the batches and the "
+        "masks that are drawn; runs of the same seed are compared. One image is "
+        f"{100 / images['held_out']:.2f} points of accuracy.",
+        f"{len(kernels)} kernels of {sum(kernels.values()):,} weights in all. Hooks are due every {plan['every']} "
+        f"steps, in the third comparison every {plan['often']}, and not after step {plan['last']}.",
+        f"Pruning begins at step {plan['begin']} and reaches its target at step {plan['end']}.",
+        f"Measured on {found['date']} with {_versions(found)}.",
+    )
 
 
 def _versions(found: Mapping[str, Any]) -> str:
@@ -89,23 +90,24 @@ def _pruned_says(found: Mapping[str, Any]) -> str:
     weights = sum(found["conditions"]["kernels"].values())
     left = round(weights * (1 - found["runs"]["pruned"]["pruned"][0]["fires"][-1]["sparsity"]))
     gap = f"{100 * abs(centre):.2f} points {'below' if centre < 0 else 'above'}"
-    return f"""\
-With {left:,} of {weights:,} kernel weights left, pruning ends {gap} dense training: {reached} the
-{100 * AIM:g} point that was aimed at. The 95 % interval of the difference, {100 * (centre - half):+.2f} to
-{100 * (centre + half):+.2f} points, {sure} -{100 * AIM:g}."""
+    return _wrapped(
+        f"With {left:,} of {weights:,} kernel weights left, pruning ends {gap} dense training: {reached} the "
+        f"{100 * AIM:g} point that was aimed at. The 95 % interval of the difference, {100 * (centre - half):+.2f} to "
+        f"{100 * (centre + half):+.2f} points, {sure} -{100 * AIM:g}."
+    )
 
 
 def _lm_conditions(found: Mapping[str, Any]) -> str:
     given = found["conditions"]
-    model, config = given["model"], given["config"]
-    return f"""\
-- `configs/lm.py:sparse`: {model["layers"]} scanned blocks of width {model["width"]},
-  windows of {model["length"]} bytes, {config["batch_size"]} a batch, {given["num_steps"]} steps,
-  {given["seeds"]} seeds. The score is of a held-out sample of {config["eval_windows"]} windows.
-- {100 * given["sparsity"]:g} % of the weights of the blocks' kernels are zero, shared out by `"erk"` over the layers
-  of each stack. Masks move every {given["every"]} steps until step {given["end"]}, at first
-  a fraction of {given["fraction"]}.
-- Measured on {found["date"]} with {_versions(found)}."""
+    model, config, share = given["model"], given["config"], f"{100 * given['sparsity']:g} %"
+    return f"`configs/lm.py:sparse`, {share} sparse:\n\n" + _bullets(
+        f"{model['layers']} scanned blocks of width {model['width']}, windows of {model['length']} bytes, "
+        f"{config['batch_size']} a batch, {given['num_steps']} steps, {given['seeds']} seeds. The score is of a "
+        f"held-out sample of {config['eval_windows']} windows.",
+        f'{share} of the weights of the blocks\' kernels are zero, by `"erk"`, each layer of a stack apart. Masks move '
+        f"every {given['every']} steps until step {given['end']}, at first a fraction of {given['fraction']}.",
+        f"Measured on {found['date']} with {_versions(found)}.",
+    )
 
 
 def _lm_table(runs: Mapping[str, Sequence[results.Run]]) -> str:
@@ -116,6 +118,14 @@ def _lm_table(runs: Mapping[str, Sequence[results.Run]]) -> str:
         beside = "" if name == control else results.apart(ones, runs[control], "bits", 1.0, 3)
         rows.append([name, f"{results.mean(bits):.3f}", f"{min(bits):.3f} to {max(bits):.3f}", beside])
     return _markdown(rows)
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _bullets(*texts: str) -> str:
+    return "\n".join(_wrapped(f"- {text}", "  ") for text in texts)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

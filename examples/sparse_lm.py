@@ -1,9 +1,9 @@
 """Trains the small language model sparse from the start: RigL and SET beside masks that never move, at one sparsity.
 
-    python examples/sparse_lm.py --results=runs/sparsity.json --picture=runs/sparse_lm.png [--steps=600] [--seeds=3]
+    python examples/sparse_lm.py --results=runs/sparsity.json --picture=runs/sparse_lm.png [--sparsity=0.9]
 
 Runs examples/lm.py on configs/lm.py:sparse with one of its three hooks enabled at a time, and dense. Prints held-out
-bits per byte, draws the curves, and keeps every number in a file.
+bits per byte, keeps every number in a file beside those of other sparsities, and draws the curves of all of them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ METHODS = {"static": "static", "SET": "set", "RigL": "rigl", "dense": None}
 """Method -> the hook of the config that is enabled. The first one is the control."""
 
 
-def config_of(method: str, seed: int, steps: int) -> ml_collections.ConfigDict:
+def config_of(method: str, seed: int, steps: int, sparsity: float) -> ml_collections.ConfigDict:
     """The config of a run."""
     config = runpy.run_path(str(ROOT / "configs" / "lm.py"))["get_config"]("sparse")
     config.seed, config.num_steps = seed, steps
     config.eval_every = max(1, steps // 12)
     config.warmup_steps = min(config.warmup_steps, steps // 6)
     for name, hook in config.surgery.items():
-        hook.enabled = name == METHODS[method]
+        hook.enabled, hook.sparsity = name == METHODS[method], sparsity
     return config
 
 
-def train(method: str, seed: int, steps: int) -> dict[str, Any]:
+def train(method: str, seed: int, steps: int, sparsity: float) -> dict[str, Any]:
     """One run, and what was measured of it."""
-    config = config_of(method, seed, steps)
+    config = config_of(method, seed, steps, sparsity)
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder)
         _, scores = lm.train(config, workdir)
@@ -55,7 +55,7 @@ def train(method: str, seed: int, steps: int) -> dict[str, Any]:
     }
 
 
-def measure(steps: int, seeds: int) -> dict[str, Any]:
+def measure(steps: int, seeds: int, sparsity: float) -> dict[str, Any]:
     """All runs, and their conditions."""
     lm.show = lambda record: None  # a hundred fires are not news
     todo = [(method, seed) for method in METHODS for seed in range(seeds)]
@@ -63,13 +63,13 @@ def measure(steps: int, seeds: int) -> dict[str, Any]:
     with tqdm(todo, unit="run", disable=None, dynamic_ncols=True) as bar:
         for method, seed in bar:
             bar.set_description(f"{method}, seed {seed}")
-            runs.setdefault(method, []).append(train(method, seed, steps))
-    return {"conditions": conditions(steps, seeds), "runs": runs}
+            runs.setdefault(method, []).append(train(method, seed, steps, sparsity))
+    return {"conditions": conditions(steps, seeds, sparsity), "runs": runs}
 
 
-def conditions(steps: int, seeds: int) -> dict[str, Any]:
+def conditions(steps: int, seeds: int, sparsity: float) -> dict[str, Any]:
     """What the runs have in common."""
-    config = config_of("RigL", 0, steps)
+    config = config_of("RigL", 0, steps, sparsity)
     hook = config.surgery.rigl
     chosen = ("batch_size", "learning_rate", "end_learning_rate", "warmup_steps", "weight_decay", "eval_windows")
     return {
@@ -86,13 +86,13 @@ def conditions(steps: int, seeds: int) -> dict[str, Any]:
     }
 
 
-def main(file: pathlib.Path, picture: pathlib.Path | None, steps: int, seeds: int) -> None:
+def main(file: pathlib.Path, picture: pathlib.Path | None, steps: int, seeds: int, sparsity: float) -> None:
     """Measures, keeps the numbers, draws, and prints what came out."""
     with results.compiled_once():
-        found = measure(steps, seeds)
-    results.keep(file, "lm", found)
+        found = measure(steps, seeds, sparsity)
+    results.keep(file, f"lm_{sparsity:g}", found)
     if picture is not None:
-        sparse_plots.draw_lm(picture, found)
+        sparse_plots.draw_lm(picture, results.language_models(file))
     for line in results.lines("bits per byte", found["runs"], "bits", 1.0, 3):
         print(line)
 
@@ -103,7 +103,8 @@ if __name__ == "__main__":
         "--results", type=pathlib.Path, required=True, help="JSON file of all numbers, which is added to"
     )
     parser.add_argument("--picture", type=pathlib.Path, default=None, help="PNG of the curves")
+    parser.add_argument("--sparsity", type=float, default=0.95, help="of the kernels of the blocks")
     parser.add_argument("--steps", type=int, default=600, help="train steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     arguments = parser.parse_args()
-    main(arguments.results, arguments.picture, arguments.steps, arguments.seeds)
+    main(arguments.results, arguments.picture, arguments.steps, arguments.seeds, arguments.sparsity)

@@ -54,27 +54,28 @@ def draw_digits(path: pathlib.Path, found: Mapping[str, Any]) -> None:
         figure.savefig(path)
 
 
-def draw_lm(path: pathlib.Path, found: Mapping[str, Any]) -> None:
+def draw_lm(path: pathlib.Path, measured: Sequence[Mapping[str, Any]]) -> None:
     """Held-out bits per byte of the language model, and the overlap of masks below.
 
     Args:
       path: of the PNG.
-      found: what `sparse_lm.measure` returns.
+      measured: what `sparse_lm.measure` returned, for each sparsity.
     """
-    runs, given = found["runs"], found["conditions"]
-    sparse = {name: ones for name, ones in runs.items() if name != "dense"}
     with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(9, 5.8), dpi=150, layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
-        title = f"Language model, sparse from the start: {100 * given['sparsity']:g} % of the kernels of its blocks"
-        upper.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        _draw_scores(upper, sparse, "bits", 1.0, "{:.3f}")
-        upper.set_ylabel("held-out bits per byte")
-        if "dense" in runs:
+        width = 2 + 5.5 * len(measured)
+        figure = Figure(figsize=(width, 5.8), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1))
+        panels = figure.subplots(2, len(measured), sharex="col", height_ratios=(2.6, 1), squeeze=False)
+        for (upper, lower), found in zip(panels.T, measured, strict=True):
+            runs, given = found["runs"], found["conditions"]
+            sparse = {name: ones for name, ones in runs.items() if name != "dense"}
+            title = f"Language model, sparse from the start, {100 * given['sparsity']:g} %"
+            upper.set_title(title, loc="left", fontsize=11, fontweight="bold")
+            _draw_scores(upper, sparse, "bits", 1.0, "{:.3f}")
             level = results.mean(results.last(runs["dense"], "bits"))
             upper.text(0.01, 0.03, f"↓ dense {level:.3f}, below this picture", transform=upper.transAxes)
-        _draw_masks(lower, sparse, "overlap", given["num_steps"])
-        lower.set_xlabel("train steps applied")
+            _draw_masks(lower, sparse, "overlap", given["num_steps"])
+            lower.set_xlabel("train steps applied")
+        panels[0][0].set_ylabel("held-out bits per byte")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 

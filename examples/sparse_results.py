@@ -53,6 +53,12 @@ def keep(path: pathlib.Path, name: str, found: Mapping[str, Any]) -> None:
     path.write_text(dump(every))
 
 
+def language_models(path: pathlib.Path) -> list[Mapping[str, Any]]:
+    """What a file holds of the language model, by sparsity."""
+    every = json.loads(path.read_text())
+    return [every[name] for name in sorted(every) if name.startswith("lm_")]
+
+
 def dump(found: Mapping[str, Any]) -> str:
     r"""JSON with one line for each list of numbers, and for each object that holds nothing but numbers and texts.
 

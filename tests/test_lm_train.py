@@ -267,8 +267,8 @@ def test_a_model_that_cannot_be_is_an_error(fields, message):
         lm_model.ModelConfig(**fields)
 
 
-def test_configs_have_two_variants_and_hooks_that_follow_the_length_of_the_run():
-    with pytest.raises(ValueError, match=r"Write configs/lm.py:small or configs/lm.py:tiny"):
+def test_configs_have_variants_and_hooks_that_follow_the_length_of_the_run():
+    with pytest.raises(ValueError, match=r"Write configs/lm.py:small, configs/lm.py:tiny or configs/lm.py:sparse"):
         GET_CONFIG("large")
     config = GET_CONFIG("small")
     config.num_steps = 1_000
