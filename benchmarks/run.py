@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import selection
 from paired import Ratio, ratio, seconds
 from tqdm import tqdm
 
@@ -225,7 +226,8 @@ def rows(fast: bool) -> list[tuple[str, str, str]]:
     leaves = 10 if fast else 1_000
     jobs.append((f"plan of 100,000 steps, {leaves:,} leaves / tracing an update", lambda: f"{plan(leaves):.2f}", "10"))
     table = [(name, job(), bound) for name, job, bound in tqdm(jobs)]
-    return [(name, str(figure), bound) for name, figure, bound in table if figure is not None]
+    measured = [(name, str(figure), bound) for name, figure, bound in table if figure is not None]
+    return measured + selection.rows(fast)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What idle hooks cost a train step of the tiny language model, and a fire on eight devices. Some minutes on two cores.
+"""What idle hooks and masks cost a train step of the language model, and a fire on eight devices. Minutes on two cores.
 
 python benchmarks/steps.py [--fast]
 
@@ -45,21 +45,39 @@ def idle_hooks(number: int, **options: Any) -> fsh.SurgeryHooks:
     return hooks
 
 
-class Training:
-    """The tiny language model on one device, some steps a run."""
+def masking() -> fsh.SurgeryHooks:
+    """Masks on all kernels, enforced at every step; due in no run."""
+    hooks = fsh.SurgeryHooks()
+    hooks.add("prune", fsh.surgeries.Prune(0.9), params="**/kernel", when=NEVER)
+    return hooks
 
-    def __init__(self, steps: int, hooks: fsh.SurgeryHooks, form: str = "host"):
-        config = lm_config()
+
+class Observed:
+    """Hooks of which a train step only observes."""
+
+    def __init__(self, hooks: fsh.SurgeryHooks):
+        self.in_graph = hooks.observe
+
+
+class Training:
+    """A language model on one device, some steps a run."""
+
+    def __init__(self, steps: int, hooks: fsh.SurgeryHooks, form: str = "host", size: str = "tiny"):
+        config = lm_config(size)
         mesh = jax.make_mesh((1, 1, 1), lm_train.AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
         partitioning = Partitioning(mesh, tuple(config.rules))
         state = lm_train.create_state(config, partitioning)
-        self._state = state if form == "host" else hooks.init(state)
-        inside = hooks if form == "in graph" else fsh.SurgeryHooks()
+        self._state = state if form == "host" else hooks.init(state, fires=0 if form == "observed" else 8)
+        inside: Any = {"in graph": hooks, "observed": Observed(hooks)}.get(form, fsh.SurgeryHooks())
         self._bare = lm_train.make_train_step(self._state, inside, partitioning)
         self._step = hooks.wrap(self._bare.__wrapped__, donate_argnums=0) if form == "wrapped" else None
         self._hooks = hooks if form == "host" else None
         self._batch = lm.load_data(config).loader.batch(0, lm_train.batch_sharding(partitioning), 1)
         self._steps, self._at = steps, 0
+
+    def temporaries(self) -> int:
+        """Bytes that the compiled step allocates beside its arguments and results."""
+        return self._bare.lower(self._state, self._batch).compile().memory_analysis().temp_size_in_bytes
 
     def __call__(self) -> Any:
         for _ in range(self._steps):
@@ -73,7 +91,7 @@ class Training:
         return self._state
 
 
-def lm_config() -> Any:
+def lm_config(size: str) -> Any:
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("lm_config", EXAMPLES.parent / "configs" / "lm.py")
@@ -81,7 +99,7 @@ def lm_config() -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config("tiny")
+    return module.get_config(size)
 
 
 def steps(fast: bool) -> dict[str, Ratio]:
@@ -96,6 +114,20 @@ def steps(fast: bool) -> dict[str, Ratio]:
     )
     rows[f"step with {name} idle in graph / bare step"] = Training(count, idle_hooks(number), "in graph")
     return {name: ratio(training, none, pairs) for name, training in rows.items()}
+
+
+def masked(fast: bool) -> tuple[dict[str, Ratio], list[str]]:
+    """Rows of steps that enforce masks, and what they allocate."""
+    rows, notes = {}, []
+    for size, count, pairs in [("tiny", 2, 2)] if fast else [("tiny", 60, 40), ("small", 2, 20)]:
+        bare = Training(count, fsh.SurgeryHooks(), "host", size)
+        twin = bare if fast else Training(count, fsh.SurgeryHooks(), "host", size)  # one program less to compile
+        ours = Training(count, masking(), "observed", size)
+        rows[f"bare step of {size} against its twin"] = ratio(twin, bare, pairs)
+        rows[f"step of {size} with masks on all kernels enforced / bare step"] = ratio(ours, bare, pairs)
+        share = ours.temporaries() / bare.temporaries()
+        notes.append(f"Temporaries of the step of {size} with masks / those of the bare step: {share:.3f}")
+    return rows, notes
 
 
 def fire_of(side: int, devices: int) -> Callable[[], Any]:
@@ -129,11 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fast", action="store_true", help="few and small runs, to see that it works")
     fast = parser.parse_args().fast
-    rows = steps(fast) | fires(fast)
+    of_masks, notes = masked(fast)
+    rows = steps(fast) | fires(fast) | of_masks
     twin = next(iter(rows.values()))
     print("| what | ratio: median (quartiles) |\n|---|---|")
     for name, value in rows.items():
         print(f"| {name} | {value.median:.3f} ({value.low:.3f} to {value.high:.3f}) |")
+    print("\n".join(notes))
     if max(abs(twin.median - 1), twin.high - 1, 1 - twin.low) > TWIN:
         print("The twin is wider than 2 %: the rows of steps count for nothing. Leave the machine alone, and repeat.")
 

@@ -1,4 +1,7 @@
-"""Config of examples/lm.py: `configs/lm.py:small` is the trained model, `configs/lm.py:tiny` a run of seconds."""
+"""Config of examples/lm.py: `configs/lm.py:small` is the trained model, `configs/lm.py:tiny` a run of seconds.
+
+`configs/lm.py:sparse` is a small one most of whose weights are zero from the first step to the last.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,18 @@ RULES = (
 
 
 def get_config(variant: str = "small") -> ml_collections.ConfigDict:
-    """The config of a variant: "small" or "tiny"."""
-    if variant not in ("small", "tiny"):
-        raise ValueError(f"No variant {variant!r}. Write configs/lm.py:small or configs/lm.py:tiny.")
+    """The config of a variant: "small", "tiny" or "sparse"."""
+    if variant not in ("small", "tiny", "sparse"):
+        raise ValueError(
+            f"No variant {variant!r}. Write configs/lm.py:small, configs/lm.py:tiny or configs/lm.py:sparse."
+        )
     config = common()
     config.surgery = surgery(config)
-    if variant == "tiny":
+    if variant != "small":
         shrink(config)
+    if variant == "sparse":
+        lengthen(config)
+        config.surgery = sparse(config)
     return config
 
 
@@ -95,4 +103,23 @@ def surgery(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     where = {"params": "**/mlp/*/kernel", "at_fraction": (0.5,), **steps}
     hooks.shrink = fsh.config.hook("scale", factor=0.8, priority=1, **where)
     hooks.perturb = fsh.config.hook("noise", std=0.1, **where)
+    return hooks
+
+
+def lengthen(config: ml_collections.ConfigDict) -> None:
+    """A run of a minute, of the network of `shrink`."""
+    config.num_steps, config.eval_every, config.checkpoint_every, config.checkpoints_kept = 600, 50, 600, 1
+    config.eval_windows, config.batch_size, config.warmup_steps = 512, 32, 50
+    config.ngram_order = 0
+
+
+def sparse(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Three ways of sparse training, of which one is enabled: RigL, SET, and masks that never move."""
+    hooks = ml_collections.ConfigDict()
+    # Each layer of the scanned stack is a leaf of its own, which has its own number of weights.
+    where = {"params": "blocks/**/kernel[:]", "every_fraction": 1 / 30, "num_steps": config.get_ref("num_steps")}
+    last = config.get_ref("num_steps") * 3 // 4
+    hooks.rigl = fsh.config.hook("rigl", sparsity=0.95, end=last, **where)
+    hooks.set = fsh.config.hook("set", sparsity=0.95, end=last, enabled=False, **where)
+    hooks.static = fsh.config.hook("set", sparsity=0.95, fraction=0.0, anneal="constant", enabled=False, **where)
     return hooks

@@ -164,6 +164,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[fsh
     with open_checkpoints(config, workdir) as checkpoints:
         state = hooks.init(fsh.checkpoint.restore(checkpoints, initial_state(config, partitioning), hooks))
         done = int(state.step)
+        state = state if done else hooks.observe(state)  # sparse models are sparse before the first step
         train_step = make_train_step(state, hooks, partitioning)
         evaluate = make_evaluate(state, partitioning, config.batch_size)
         curve = Curve(workdir / "curve.jsonl" if is_first else None, done)
@@ -174,9 +175,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[fsh
             steps, initial=done, total=config.num_steps, desc="train", unit="step", disable=quiet, dynamic_ncols=True
         )
         for step in bar:
-            state, metrics = train_step(state, data.loader.batch(step, sharding, parts))
+            batch = data.loader.batch(step, sharding, parts)
+            state, metrics = train_step(state, batch)
             paced(metrics)
-            state = hooks(step + 1, state, metrics=metrics)
+            state = hooks(step + 1, state, metrics=metrics, batch=batch)
             pending.append(metrics["loss"])
             is_last = step + 1 == config.num_steps
             if (step + 1) % config.eval_every == 0 or is_last:

@@ -89,11 +89,18 @@ def init_boxed(model: Transformer, key: jax.Array) -> Any:
 
 
 def hook_objects(config: ml_collections.ConfigDict, partitioning: Partitioning) -> dict[str, Any]:
-    """What surgeries of the config need and a config cannot hold: for `reinit`, how parameters are drawn."""
-    if all(hook.surgery != "reinit" for hook in config.surgery.values()):
-        return {}
-    model = make_model(config, partitioning)
-    return {"init": lambda key: nn.unbox(init_boxed(model, key))}
+    """What surgeries of the config need and a config cannot hold.
+
+    For `reinit`, how parameters are drawn; for `rigl`, the gradients of a batch of the train step.
+    """
+    named = {hook.surgery for hook in config.surgery.values()}
+    objects: dict[str, Any] = {}
+    if "reinit" in named:
+        model = make_model(config, partitioning)
+        objects["init"] = lambda key: nn.unbox(init_boxed(model, key))
+    if "rigl" in named:
+        objects["grads"] = lambda state, batch: loss_and_grads(state, batch)[1]
+    return objects
 
 
 def initial_state(config: ml_collections.ConfigDict, partitioning: Partitioning) -> Callable[[], fsh.TrainState]:
@@ -132,13 +139,29 @@ def loss_of(apply_fn: Callable, params: Any, windows: jax.Array) -> jax.Array:
     return losses.mean(-1) / math.log(2)
 
 
+def loss_and_grads(state: fsh.TrainState, batch: jax.Array) -> tuple[jax.Array, Any]:
+    """Mean bits per byte of a batch int32 [parts, windows, length + 1], and the gradients, one part at a time."""
+
+    def of_part(windows: jax.Array) -> Any:
+        return jax.value_and_grad(lambda params: loss_of(state.apply_fn, params, windows).mean())(state.params)
+
+    def add(total: Any, windows: jax.Array) -> Any:
+        return jax.tree.map(jnp.add, total, of_part(windows)), None
+
+    if len(batch) == 1:
+        return of_part(batch[0])
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
+    total, _ = jax.lax.scan(add, zeros, batch)
+    return jax.tree.map(lambda value: value / len(batch), total)
+
+
 def make_train_step(
     state: fsh.TrainState, hooks: fsh.SurgeryHooks, partitioning: Partitioning
 ) -> Callable[[fsh.TrainState, jax.Array], tuple[fsh.TrainState, Metrics]]:
     """Compiles `train_step(state, batch) -> (state, metrics)`, which takes the old state's memory.
 
-    A batch is int32 [parts, windows, length + 1]; the gradients of its parts are averaged, one part at a time. Metrics
-    are those before the step.
+    A batch is int32 [parts, windows, length + 1], as for `loss_and_grads`; hooks get it as `batch`. Metrics are those
+    before the step.
 
     Args:
       state: a state after `hooks.init`; its structure and shardings are those of all states to come.
@@ -147,20 +170,9 @@ def make_train_step(
     """
 
     def train_step(state: fsh.TrainState, batch: jax.Array) -> tuple[fsh.TrainState, Metrics]:
-        def loss_and_grads(windows: jax.Array) -> Any:
-            return jax.value_and_grad(lambda params: loss_of(state.apply_fn, params, windows).mean())(state.params)
-
-        def add(total: Any, windows: jax.Array) -> Any:
-            return jax.tree.map(jnp.add, total, loss_and_grads(windows)), None
-
-        if len(batch) == 1:
-            loss, grads = loss_and_grads(batch[0])
-        else:
-            zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
-            total, _ = jax.lax.scan(add, zeros, batch)
-            loss, grads = jax.tree.map(lambda value: value / len(batch), total)
+        loss, grads = loss_and_grads(state, batch)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return hooks.in_graph(state.apply_gradients(grads=grads)), metrics
+        return hooks.in_graph(state.apply_gradients(grads=grads), batch=batch), metrics
 
     shardings, one = shardings_of(state), sharding_of(partitioning)
     return jax.jit(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax_surgery_hooks.errors import SurgeryError, SurgeryFunctionError, UserCodeError, shorten
 from flax_surgery_hooks.methods import Method
 from flax_surgery_hooks.operation import Operation, compute_dtype
+from flax_surgery_hooks.passes import Deriving
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.placement import is_auto, out_sharding, placement, relabelled
 from flax_surgery_hooks.reductions import Places, across, places_of
@@ -137,19 +138,23 @@ def call(name: str, method: Method, arguments: dict[str, Any]) -> Any:
 
 
 class Compiled:
-    """The functions of one operation, compiled for the host; what they make lies like leaves of its shape."""
+    """The functions of one operation, compiled for the host; what they make lies like leaves of its shape.
+
+    Attributes:
+      programs: what has been compiled.
+    """
 
     def __init__(self) -> None:
-        self._programs: dict[Hashable, Any] = {}
+        self.programs: dict[Hashable, Deriving] = {}
 
     def of_state(self, name: str, method: Method, arguments: dict[str, Any]) -> Any:
         """A run for `from_state`. A state that is no pytree of arrays is given as it is, operation by operation."""
         static = {key: value for key, value in arguments.items() if not _is_arrays(value)}
         if STATE in static:
             return call(name, method, arguments)
-        if name not in self._programs:
-            self._programs[name] = jax.jit(lambda arrays: call(name, method, {**arrays, **static}))
-        return self._programs[name]({key: value for key, value in arguments.items() if key not in static})
+        if name not in self.programs:
+            self.programs[name] = Deriving(name, jax.jit(lambda arrays: call(name, method, {**arrays, **static})))
+        return self.programs[name]({key: value for key, value in arguments.items() if key not in static})
 
     def of_leaves(self, name: str, method: Method, arguments: dict[str, Any]) -> Any:
         """A run for `from_leaves`, of concrete ones."""
@@ -159,13 +164,13 @@ class Compiled:
         if not all(map(is_auto, leaves)):
             arrays = relabelled(arrays)
         key = (name, treedef, tuple(map(placement, leaves)))
-        if key not in self._programs:
+        if key not in self.programs:
             near = jax.tree.leaves(arrays.get(LEAVES, ()))
             lie = places_of((jnp.shape(leaf), getattr(leaf, "sharding", None)) for leaf in near)
             function = functools.partial(_called, name, method, static, lie)
             places = jax.tree.map(functools.partial(_place, near), jax.eval_shape(function, arrays))
-            self._programs[key] = jax.jit(function, out_shardings=places)
-        return self._programs[key](arrays)
+            self.programs[key] = Deriving(name, jax.jit(function, out_shardings=places))
+        return self.programs[key](arrays)
 
 
 def _called(name: str, method: Method, static: dict[str, Any], lie: Places, arrays: dict[str, Any]) -> Any:

@@ -231,7 +231,8 @@ class SurgeryHooks(Resumable):
         return {**super().settings(), "strict_steps": self.strict_steps, "donate": self.donate}
 
     def programs(self, name: str) -> list[Program]:
-        """What a hook has compiled: one entry per shape, dtype and placement of leaves, see `passes.Program`.
+        """What a hook has compiled: one entry per shape, dtype and placement of leaves, and one for each input that its
+        surgery derives, see `passes.Program`.
 
         Args:
           name: the hook.
@@ -249,8 +250,10 @@ class SurgeryHooks(Resumable):
         """
         find(self._hooks, name)
         by_static = self._programs[name].values()
+        compiled: list[Any] = [each for programs in by_static for each in programs.compiled.values()]
+        derived: list[Any] = [each for programs in by_static for each in programs.derive.programs.values()]
         with off_mesh(()):  # as they were compiled
-            return [passes.describe() for programs in by_static for passes in programs.compiled.values()]
+            return [each.describe() for each in compiled + derived]
 
     def _attend(self, step: Any, state: Any, inputs: dict[str, Any]) -> Any:
         """A call that is not idle: something has to be done, or is wrong."""

@@ -48,6 +48,7 @@ class Program:
       measure: likewise of the measuring pass.
       edit_collectives: what the editing pass says to other devices.
       measure_collectives: likewise the measuring pass.
+      derives: name of the input that the program makes once per fire (then it is told as `measure`), None for passes.
     """
 
     leaves: tuple[Leaf, ...]
@@ -58,10 +59,12 @@ class Program:
     measure: Memory | None
     edit_collectives: tuple[Collective, ...] = ()
     measure_collectives: tuple[Collective, ...] = ()
+    derives: str | None = None
 
     def __str__(self) -> str:
         leaves = ", ".join(f"{dtype}{list(shape)} on {place}" for shape, dtype, place in self.leaves)
-        parts = [leaves, f"{len(self.slots)} slots", f"served {self.served}"]
+        about = f"{len(self.slots)} slots" if self.derives is None else f"makes {self.derives!r}"
+        parts = [*filter(None, [leaves]), about, f"served {self.served}"]
         if self.in_place:
             parts.append("slots in place")
         for name, memory in (("edit", self.edit), ("measure", self.measure)):
@@ -70,6 +73,37 @@ class Program:
         for name, said in (("edit", self.edit_collectives), ("measure", self.measure_collectives)):
             parts += [f"{name}: {one}" for one in said]
         return "; ".join(parts)
+
+
+class Deriving:
+    """A program that makes an input of a surgery.
+
+    Args:
+      name: of the input.
+      program: jitted, of one argument.
+    """
+
+    def __init__(self, name: str, program: Any):
+        self.name = name
+        self.program = program
+        self._arguments: Any = None
+        self._leaves: tuple[Leaf, ...] = ()
+        self._served = 0
+
+    def __call__(self, arguments: Any) -> Any:
+        """What the program makes."""
+        if self._arguments is None:
+            self._arguments = jax.tree.map(_abstract, arguments)
+            self._leaves = tuple(map(_described, jax.tree.leaves(arguments.get("leaves", ()))))
+        self._served += 1
+        return self.program(arguments)
+
+    def describe(self) -> Program:
+        """What has been compiled and served so far; runs nothing."""
+        compiled = _compiled(self.program, (self._arguments,))
+        return Program(
+            self._leaves, (), self._served, False, None, _memory_of(compiled), (), _said_by(compiled), self.name
+        )  # fmt: skip
 
 
 class Passes:

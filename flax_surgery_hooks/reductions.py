@@ -118,15 +118,20 @@ class Piece(NamedTuple):
     spec: PartitionSpec = PartitionSpec()
     local: bool = False
 
-    def indices(self, leaf: jax.Array, first: Any = 0) -> jax.Array:
-        """The row-major index in the whole leaf of each element of the piece, int32, counted from `first`."""
+    def indices(self, leaf: jax.Array, zero: Any = 0) -> jax.Array:
+        """The row-major index in the whole leaf of each element of the piece, int32.
+
+        Args:
+          leaf: the piece.
+          zero: in a loop a zero that XLA takes for one that changes, or it would keep the indices from pass to pass.
+        """
         index: Any = 0
         for axis, part in enumerate(_padded(self.spec, leaf.ndim)):
             size = leaf.shape[axis]
             whole = size * math.prod(self.mesh.shape[name] for name in _names(part))
-            start = _index(self.mesh, part) * size
+            start = _index(self.mesh, part) * size + zero
             index = index * whole + start + jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)
-        return index + first
+        return index
 
 
 def added_with(function: Callable[[Any, Piece, Any], jax.Array], items: Sequence[Any], common: Any) -> list[jax.Array]:

@@ -239,9 +239,9 @@ def _near(pool: Pool, ks: jax.Array, bracket: bisection.Bracket) -> tuple[jax.Ar
     A sample's rank, scaled up, is off by at most sqrt(spacing * size) / 2 in standard deviation.
     """
     spacing = sum(pool.sizes()) >> _SAMPLE_LOG2
-    margins = jnp.array([[2 * int(math.sqrt(spacing * size))] for size in pool.sizes()], jnp.int32)
-    sizes = bracket.above_low[:, None]
-    aims = jnp.clip(ks[:, None] + margins * jnp.array([[1, -1]], jnp.int32), 0, sizes)
+    margins = jnp.array([2 * int(math.sqrt(spacing * size)) for size in pool.sizes()], jnp.int32)
+    more, fewer = jnp.minimum(margins, bracket.above_low - ks), jnp.minimum(margins, ks)
+    aims = jnp.stack([ks + more, ks - fewer], axis=-1)
     both = bisection.Bracket(*(jnp.broadcast_to(each[:, None], aims.shape) for each in bracket))
     ends, _ = bisection.search(functools.partial(_above_in_sample, pool, spacing), aims, both).found(aims)
     return jnp.maximum(ends[:, 0] - 1, bracket.low), jnp.minimum(ends[:, 1] + 1, bracket.high)
@@ -251,10 +251,8 @@ def _above_in_sample(pool: Pool, spacing: int, thresholds: jax.Array) -> jax.Arr
     """About how many elements of each group are above its thresholds, [groups, ...]."""
 
     def one(leaf: jax.Array, piece: reductions.Piece, thresholds: jax.Array) -> jax.Array:
-        shape = counting.rows_of(leaf.shape, piece.local)
-        step = next(step for step in range(min(spacing, shape[-1]), 0, -1) if shape[-1] % step == 0)
-        sample = leaf.reshape(shape)[..., ::step]
-        return step * counting.above(sample, pool.ordered, thresholds[pool.groups[piece.item]], piece.local)
+        sample, step = counting.sampled(leaf, spacing, piece.local)
+        return step * counting.few_above(sample, pool.ordered, thresholds[pool.groups[piece.item]])
 
     rows = reductions.added_with(one, pool.leaves, thresholds.reshape(pool.size, -1))
     return pool.by_group([row.reshape(thresholds.shape[1:]) for row in rows])
@@ -272,7 +270,8 @@ def _last_ties(pool: Pool, cuts: jax.Array, wanting: jax.Array) -> jax.Array:
     groups = np.array(pool.groups)
     earlier = np.tril(groups[:, None] == groups[None], -1)
     before = jnp.where(earlier, ties[None], 0).sum(axis=1, dtype=jnp.int32)
-    taken = jnp.clip(wanting[groups] - before, 0, ties)
+    wanted = jnp.where(groups[:, None] == np.arange(pool.size)[None], wanting[None], 0).sum(axis=1, dtype=jnp.int32)
+    taken = jnp.clip(wanted - before, 0, ties)
     sizes = jnp.array([leaf.size for leaf in pool.leaves], jnp.int32)
     bracket = bisection.whole(-sizes - 1, jnp.full_like(sizes, -1), ties)
     ends, _ = bisection.search(functools.partial(_ties_above, pool, cuts), taken, bracket).found(taken)
@@ -284,11 +283,11 @@ def _ties_above(pool: Pool, cuts: jax.Array, thresholds: jax.Array) -> jax.Array
     lowest = jnp.iinfo(jnp.int32).min
 
     def one(leaf: jax.Array, piece: reductions.Piece, common: tuple[jax.Array, jax.Array]) -> jax.Array:
-        leaf, (cuts, thresholds), one = jax.lax.optimization_barrier((leaf, common, jnp.ones((), jnp.int32)))
+        leaf, (cuts, thresholds), zero = jax.lax.optimization_barrier((leaf, common, jnp.zeros((), jnp.int32)))
 
         def ordered(leaf: jax.Array) -> jax.Array:
             equal = pool.ordered(leaf) == cuts[pool.groups[piece.item]]
-            return jnp.where(equal, -piece.indices(leaf, one), lowest)
+            return jnp.where(equal, -1 - piece.indices(leaf, zero), lowest)
 
         return counting.above(leaf, ordered, thresholds[piece.item], piece.local)
 

@@ -389,6 +389,26 @@ def go_on(out, port, rank, count):
     return {**told, "records": len(hooks.ledger.records)}
 
 
+def sparse(out, port, rank, count):
+    """A sparse run over all processes, cut off and gone on with."""
+    import sparse_run
+    from resumed import open_manager
+
+    connect(port, rank, count)
+    whole_run = sparse_run.make_hooks(out / f"{rank}.jsonl", only=("rigl",), agree_secs=60)
+    with open_manager(out / "checkpoints") as manager:
+        state = sparse_run.run(whole_run, sparse_run.initial(whole_run, "auto")(), 7, "host", manager)
+    again = sparse_run.make_hooks(only=("rigl",), agree_secs=60)
+    with open_manager(out / "checkpoints") as manager:
+        resumed = fsh.checkpoint.restore(manager, sparse_run.initial(again, "auto"), again, step=3)
+    resumed = sparse_run.run(again, resumed, 7, "host")
+    save(out / f"{rank}.npz", {"params": state.params, "opt_state": state.opt_state, "masks": state.surgery["memory"]})
+    save(out / f"again{rank}.npz", {"params": resumed.params, "masks": resumed.surgery["memory"]})
+    with np.load(out / f"{rank}.npz") as held, np.load(out / f"again{rank}.npz") as other:
+        same = [bool(other[name].tobytes() == held[name].tobytes()) for name in other]
+    return {"same": all(same), "compared": len(same)}
+
+
 def make_plain_step():
     def step(state):
         return state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params))
@@ -401,6 +421,7 @@ SCENARIOS = {
     "grow_and_save": grow_and_save,
     "put_back": put_back,
     "train": train,
+    "sparse": sparse,
     "slow": lambda *where: train(*where, slow_secs=5.0),
     "dies_later": dies_later,
     "disagree": disagree,

@@ -26,7 +26,7 @@ def table():
         ("an empty callable against itself", 1),
         ("idle call, ", 4),
         ("scale of ", 2),
-        ("temporaries of ", 3),
+        ("temporaries of ", 6),
         ("first fire, ", 1),
         ("later fires, ", 1),
         ("plan of ", 1),
@@ -36,6 +36,13 @@ def test_every_row_is_there_with_a_figure_and_a_bound(table, row, count):
     found = [figures for name, figures in table.items() if name.startswith(row)]
     assert len(found) == count
     assert all(float(figure.split()[0]) > 0 and float(bound) > 0 for figure, bound in found)
+
+
+@pytest.mark.parametrize("row", ["sort / top-k", "top-k", "temporaries of top-k"])
+def test_selections_of_one_leaf_and_of_many_have_their_rows(table, row):
+    found = [float(figure.split()[0]) for name, (figure, _) in table.items() if name.startswith(f"{row} of")]
+    assert len(found) == 3
+    assert all(figure > 0 for figure in found)
 
 
 def test_temporaries_are_within_their_bound(table):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import sparse_run
 from process_worker import Wordy
 from tiny import halve, make_hooks, make_state
 
@@ -251,6 +252,23 @@ def test_one_that_dies_between_two_fires_does_not_leave_the_other_waiting(ran):
 
 
 # A checkpoint of one process, restored by two.
+
+
+def test_a_sparse_run_on_two_processes_is_that_of_one_and_goes_on_bit_for_bit(ran):
+    """Its scores, thresholds and draws are over all shards; the run of one process is in test_sparse_resume."""
+    two = finished(ran("sparse"))
+    assert [told["same"] for told in two.told] == [True, True]
+    assert min(told["compared"] for told in two.told) > 4
+    hooks = sparse_run.make_hooks(only=("rigl",))
+    alone = sparse_run.run(hooks, sparse_run.initial(hooks)(), 7, "host")
+    ours = leaves(two)
+    for hook, masks in alone.surgery["memory"].items():
+        for path, mask in masks.items():
+            shards = ours[f"['masks']['{hook}']['{path}']"]
+            assert len(shards) == 8, (path, sorted(shards))
+            for index, part in shards.items():
+                rows = tuple(slice(*bounds) for bounds in json.loads(index.replace("(", "[").replace(")", "]")))
+                assert part.tobytes() == np.asarray(mask)[rows].tobytes(), (path, index)
 
 
 def test_a_grown_state_goes_from_one_process_to_two(ran):
