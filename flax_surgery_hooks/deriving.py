@@ -8,7 +8,8 @@ them, is made here once. The functions are those of the surgery's attribute `der
     of `leaves`, path -> selected leaf (float32 where it is stored in fewer bits), and `memory`: these run like an edit,
         under Auto axes.
 
-Further parameters are filled by name: `key` (the key of the fire), `step`, inputs, and what was made before.
+Further parameters are filled by name: `key` (the key of the fire), `step`, inputs, and what was made before. They are
+called when the hook fires, and once at the first call of the hooks, where everything that can be wrong is looked for.
 """
 
 from __future__ import annotations
