@@ -390,7 +390,7 @@ def go_on(out, port, rank, count):
 
 
 def sparse(out, port, rank, count):
-    """A sparse run over all processes, cut off and gone on with."""
+    """A sparse run over all processes, fired by the hosts; cut off, and gone on with in graph."""
     import sparse_run
     from resumed import open_manager
 
@@ -401,7 +401,7 @@ def sparse(out, port, rank, count):
     again = sparse_run.make_hooks(only=("rigl",), agree_secs=60)
     with open_manager(out / "checkpoints") as manager:
         resumed = fsh.checkpoint.restore(manager, sparse_run.initial(again, "auto"), again, step=3)
-    resumed = sparse_run.run(again, resumed, 7, "host")
+    resumed = sparse_run.run(again, resumed, 7, "graph")
     save(out / f"{rank}.npz", {"params": state.params, "opt_state": state.opt_state, "masks": state.surgery["memory"]})
     save(out / f"again{rank}.npz", {"params": resumed.params, "masks": resumed.surgery["memory"]})
     with np.load(out / f"{rank}.npz") as held, np.load(out / f"again{rank}.npz") as other:
