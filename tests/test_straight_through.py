@@ -217,7 +217,7 @@ def test_masks_of_an_optimizer_of_nnx():
     optimizer = nnx.Optimizer(model, MOMENTUM, wrt=nnx.Param)
     optimizer.surgery = nnx.data({"memory": {"prune": {"kernel": type(optimizer.step)(jnp.array([[True], [False]]))}}})
     found = masks_of(optimizer, "prune")
-    kernel = ste(nnx.state(model, nnx.Param), found)["kernel"].get_value()
+    kernel = ste(nnx.state(model, nnx.Param), found)["kernel"][...]
     assert (kernel != 0).tolist() == [[True], [False]]
 
 
