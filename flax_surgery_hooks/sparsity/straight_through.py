@@ -132,7 +132,7 @@ def masks_of(state: Any, hook: str) -> dict[str, Any]:
 
 def _plain(mask: Any) -> Any:
     """The array of a variable of NNX, as which its optimizer holds it."""
-    return mask[...] if hasattr(mask, "raw_value") else mask
+    return mask[...] if hasattr(type(mask), "raw_value") else mask  # of the type: to read it is deprecated
 
 
 @jax.custom_jvp
