@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sparse_results as results
+import results
 
 PAGE = pathlib.Path(__file__).with_name("sparsity.md")
 FILE = pathlib.Path(__file__).with_name("sparsity.json")

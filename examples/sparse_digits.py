@@ -9,7 +9,6 @@ never move, at one sparsity; and masks that are enforced on the weights beside m
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import pathlib
@@ -22,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+import results
 import sparse_plots
-import sparse_results as results
 from tqdm import tqdm
 
 import flax_surgery_hooks as fsh
@@ -247,11 +246,5 @@ def main(file: pathlib.Path, picture: pathlib.Path | None, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--results", type=pathlib.Path, required=True, help="JSON file of all numbers, which is added to"
-    )
-    parser.add_argument("--picture", type=pathlib.Path, default=None, help="PNG of the curves")
-    parser.add_argument("--fast", action="store_true", help="few steps and one seed, to see that it runs")
-    arguments = parser.parse_args()
+    arguments = results.arguments(__doc__)
     main(arguments.results, arguments.picture, FAST if arguments.fast else Plan())

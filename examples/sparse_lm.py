@@ -16,8 +16,8 @@ from typing import Any
 
 import lm
 import ml_collections
+import results
 import sparse_plots
-import sparse_results as results
 from tqdm import tqdm
 
 import flax_surgery_hooks as fsh

@@ -1,6 +1,8 @@
 """Hostile defaults: eight devices, errors for rank promotion, and fixtures that forbid transfers or allow float64."""
 
 import os
+import shutil
+import tempfile
 
 # Before JAX is imported: it reads these once. Workers of pytest-xdist and subprocesses inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,6 +20,21 @@ except ImportError:  # before JAX 0.8
     from jax.experimental import enable_x64
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs are compiled once for all workers, modules and subprocesses of a run: most of what tests cost."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, value in {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True, scope="module")

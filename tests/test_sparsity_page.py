@@ -34,6 +34,7 @@ def report() -> Any:
     folders = [str(ROOT / "docs"), str(ROOT / "examples")]
     sys.path[:0] = folders
     try:
+        importlib.import_module("curves")
         return importlib.import_module("sparsity_report")
     finally:
         for folder in folders:
@@ -141,5 +142,5 @@ def test_the_code_on_the_page_does_what_it_says():
 
 
 def test_what_the_modules_say_of_themselves_holds(report):
-    for module in (report, report.results, importlib.import_module("sparse_plots")):
+    for module in (report, report.results, importlib.import_module("curves")):
         assert doctest.testmod(module, optionflags=FLAGS).failed == 0

@@ -1,7 +1,8 @@
-"""The numbers of sparse_digits.py and sparse_lm.py: the file that keeps them, and what they say of differences."""
+"""The numbers of the examples that compare runs: the file that keeps them, and what they say of differences."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -10,10 +11,11 @@ import math
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 import flax_surgery_hooks as fsh
 
@@ -131,3 +133,37 @@ def apart(runs: Sequence[Run], control: Sequence[Run], what: str, scale: float, 
     """
     found = differences(runs, control, what)
     return f"{scale * mean(found):+.{digits}f} ± {scale * interval(found):.{digits}f}"
+
+
+def run_all(
+    methods: Sequence[str] | Mapping[str, Any],
+    seeds: int,
+    num_steps: int,
+    train: Callable[[str, int, Callable[[], object]], dict[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+    """Runs each method with each seed, under a progress bar.
+
+    Args:
+      methods: their names, the control first.
+      seeds: how many.
+      num_steps: of a run, for the bar.
+      train: from the name of a method, a seed, and what to call after each step to what was measured of the run.
+
+    Returns:
+      Name -> what was measured, for each seed.
+    """
+    runs = {}
+    with compiled_once(), tqdm(total=len(methods) * seeds * num_steps, unit="step", disable=None) as bar:
+        for name in methods:
+            bar.set_description(name)
+            runs[name] = [train(name, seed, bar.update) for seed in range(seeds)]
+    return runs
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    """What such an example is given on the command line: `results`, `picture`, `fast`."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--results", type=pathlib.Path, required=True, help="JSON file of all numbers, is added to")
+    parser.add_argument("--picture", type=pathlib.Path, default=None, help="PNG of the curves")
+    parser.add_argument("--fast", action="store_true", help="few steps and one seed, to see that it runs")
+    return parser.parse_args()
