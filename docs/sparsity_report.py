@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import results
+from measured import bullets, comparison, fill, table, versions, wrapped
 
 PAGE = pathlib.Path(__file__).with_name("sparsity.md")
 FILE = pathlib.Path(__file__).with_name("sparsity.json")
@@ -36,20 +35,10 @@ def blocks(found: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def fill(text: str, found: Mapping[str, Any]) -> str:
-    """A Markdown text with what was measured in its places, which comments `<!-- measured: NAME -->` mark."""
-    made = blocks(found)
-
-    def one(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{made[match[2]]}\n<!-- end -->"
-
-    return re.sub(r"(<!-- measured: (\w+) -->).*?<!-- end -->", one, text, flags=re.DOTALL)
-
-
 def _digits_conditions(found: Mapping[str, Any]) -> str:
     given, config = found["conditions"], found["conditions"]["config"]
     plan, kernels, images = given["plan"], given["kernels"], given["images"]
-    return _bullets(
+    return bullets(
         f"Network, data and optimizer of `examples/digits.py`: {images['train']:,} images to train on, "
         f"{images['held_out']} held out, {config['batch_size']} a batch, `adamw` with a learning rate that rises to "
         f"`{config['learning_rate']}` over {config['warmup_steps']} steps and falls to `{config['end_learning_rate']}` "
@@ -60,12 +49,8 @@ def _digits_conditions(found: Mapping[str, Any]) -> str:
         f"{len(kernels)} kernels of {sum(kernels.values()):,} weights in all. Hooks are due every {plan['every']} "
         f"steps, in the third comparison every {plan['often']}, and not after step {plan['last']}.",
         f"Pruning begins at step {plan['begin']} and reaches its target at step {plan['end']}.",
-        f"Measured on {found['date']} with {_versions(found)}.",
+        f"Measured on {found['date']} with {versions(found)}.",
     )
-
-
-def _versions(found: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found["versions"].items() if "surgery" not in name)
 
 
 def _digits_table(runs: Mapping[str, Sequence[results.Run]]) -> str:
@@ -77,7 +62,7 @@ def _digits_table(runs: Mapping[str, Sequence[results.Run]]) -> str:
         span = f"{100 * min(accuracies):.2f} to {100 * max(accuracies):.2f}"
         loss = f"{results.mean(results.last(ones, 'losses')):.3f}"
         rows.append([name, f"{100 * results.mean(accuracies):.2f}", span, beside, loss])
-    return _markdown(rows)
+    return table(rows)
 
 
 def _pruned_says(found: Mapping[str, Any]) -> str:
@@ -90,7 +75,7 @@ def _pruned_says(found: Mapping[str, Any]) -> str:
     weights = sum(found["conditions"]["kernels"].values())
     left = round(weights * (1 - found["runs"]["pruned"]["pruned"][0]["fires"][-1]["sparsity"]))
     gap = f"{100 * abs(centre):.2f} points {'below' if centre < 0 else 'above'}"
-    return _wrapped(
+    return wrapped(
         f"With {left:,} of {weights:,} kernel weights left, pruning ends {gap} dense training: {reached} the "
         f"{100 * AIM:g} point that was aimed at. The 95 % interval of the difference, {100 * (centre - half):+.2f} to "
         f"{100 * (centre + half):+.2f} points, {sure} -{100 * AIM:g}."
@@ -100,38 +85,20 @@ def _pruned_says(found: Mapping[str, Any]) -> str:
 def _lm_conditions(found: Mapping[str, Any]) -> str:
     given = found["conditions"]
     model, config, share = given["model"], given["config"], f"{100 * given['sparsity']:g} %"
-    return f"`configs/lm.py:sparse`, {share} sparse:\n\n" + _bullets(
+    return f"`configs/lm.py:sparse`, {share} sparse:\n\n" + bullets(
         f"{model['layers']} scanned blocks of width {model['width']}, windows of {model['length']} bytes, "
         f"{config['batch_size']} a batch, {given['num_steps']} steps, {given['seeds']} seeds. The score is of a "
         f"held-out sample of {config['eval_windows']} windows.",
         f'{share} of the weights of the blocks\' kernels are zero, by `"erk"`, each layer of a stack apart. Masks move '
         f"every {given['every']} steps until step {given['end']}, at first a fraction of {given['fraction']}.",
-        f"Measured on {found['date']} with {_versions(found)}.",
+        f"Measured on {found['date']} with {versions(found)}.",
     )
 
 
 def _lm_table(runs: Mapping[str, Sequence[results.Run]]) -> str:
-    control = next(iter(runs))
-    rows = [["", "held-out bits per byte", "best and worst seed", f"beside {control}"]]
-    for name, ones in runs.items():
-        bits = results.last(ones, "bits")
-        beside = "" if name == control else results.apart(ones, runs[control], "bits", 1.0, 3)
-        rows.append([name, f"{results.mean(bits):.3f}", f"{min(bits):.3f} to {max(bits):.3f}", beside])
-    return _markdown(rows)
-
-
-def _wrapped(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-def _bullets(*texts: str) -> str:
-    return "\n".join(_wrapped(f"- {text}", "  ") for text in texts)
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+    names = ["held-out bits per byte", "best and worst seed", f"beside {next(iter(runs))}"]
+    return comparison(runs, "bits", names, 1.0, 3)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(), json.loads(FILE.read_text())))
+    PAGE.write_text(fill(PAGE.read_text(), blocks(json.loads(FILE.read_text()))))
