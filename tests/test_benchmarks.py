@@ -71,5 +71,7 @@ def test_the_benchmark_of_steps_has_every_row():
         "step with one hook without figures and guard",
         "step with one hook",
         "fire",
+        "bare step",
+        "step",
     ]
     assert all(float(figure.split()[0]) > 0 for _, figure in rows)
