@@ -173,7 +173,7 @@ def perform(
         moved, fresh, used = move_slots(operation, unit, how, params, stored, slots, fire, seeds)
     else:
         given = {**fire.inputs, **dict(operation.static)}
-        moved = edited_slots(operation.edit.edit_slots, unit, new[unit.paths[0]], slots, fire, given)
+        moved = edited_slots(operation.edit, unit, new, slots, fire, given)
         fresh, used = (None,) * len(moved), ()
     if not measures:
         return Edited(stored, moved, traced.memory, (), Change.empty(), Change.empty(), used)

@@ -40,7 +40,8 @@ def plan_units(
     blind = operation.rules.only_keeps and operation.edit.edit_slots is None
     slots = {} if blind else slots_of(parts.tx, parts.opt_state, parts.params)
     plan = units(operation, parts.params, slots, parts.opt_leaves)
-    if operation.edit.edit_slots is not None and not any(unit.slots for unit in plan):
+    edits_one = operation.edit.edit_slots is not None and not operation.edit.many
+    if edits_one and not any(unit.slots for unit in plan):
         raise SlotError(
             f"The surgery {operation.edit.name} edits optimizer slots, and the selected leaves have none.",
             found=listed(path for unit in plan for path in unit.paths),
@@ -138,6 +139,12 @@ def _with_paths_after(operation: Operation, unit: Unit, parts: Parts, fire: Fire
     new = jax.eval_shape(lambda leaves, fire: call_unit(operation, unit, leaves, fire).leaves, wide, shapes_only(fire))
     if set(new) == set(unit.paths):
         return unit
+    if operation.edit.edit_slots is not None:
+        raise StructureError(
+            f"{operation.edit.name} edits the slots of its leaves, and so can neither add nor remove leaves.",
+            found=f"{listed(unit.paths)} -> {listed(new)}",
+            write="without edit_slots, and with opt_state=, or an edit that returns the paths it was given",
+        )
     if unit.layers:
         raise StructureError(
             "Layers of a stacked leaf can neither be added nor removed, nor can leaves beside them.",

@@ -149,13 +149,11 @@ def _edit_slots(edit: Edit) -> Method | None:
     function = getattr(edit.function, "edit_slots", None)
     if function is None:
         return None
-    if edit.many:
-        raise SurgeryFunctionError(
-            f"{edit.name}.edit_slots is given the slots of one leaf, and the surgery takes all leaves at once.",
-            write="def __call__(self, leaf): return leaf",
-        )
     method = Method(function, f"{edit.name}.edit_slots", *parameters_of(function, f"{edit.name}.edit_slots")[1:])
-    _refuse_reserved(method, ("memory",), "`leaf`, `path`, `key`, `step` and inputs")
+    if edit.many:
+        _refuse_reserved(method, ("memory", "path", "leaf"), "`leaves`, `key`, `step` and inputs")
+    else:
+        _refuse_reserved(method, ("memory", "leaves"), "`leaf`, `path`, `key`, `step` and inputs")
     return method
 
 

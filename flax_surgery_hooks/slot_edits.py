@@ -5,6 +5,9 @@ as it is. `slots` maps the name of each slot of the leaf, such as "ScaleByAdamSt
 the same names to arrays of the same shapes comes back. Further parameters are filled by name: `leaf` (after the edit),
 `path`, `key` (the leaf's own), `step`, and the trainer's inputs. Values come as float32 where they are stored in fewer
 bits, and go back to their dtype. It runs, is measured, guarded and placed with the edit of the leaf.
+
+Of a surgery that takes all leaves at once, `slots` maps each path to such a dict, `leaves` (after the edit) takes the
+place of `leaf` and `path`, and `key` is that of the fire.
 """
 
 from __future__ import annotations
@@ -19,8 +22,7 @@ import jax.numpy as jnp
 from flax_surgery_hooks.errors import SurgeryError, SurgeryFunctionError, UserCodeError, located, shorten
 from flax_surgery_hooks.operation import Fire, Unit, compute_dtype, like
 from flax_surgery_hooks.paths import listed
-from flax_surgery_hooks.slots import Slot
-from flax_surgery_hooks.surgery import LEAF, Method
+from flax_surgery_hooks.surgery import LEAF, LEAVES, Edit, Method
 
 
 class SlotValue(NamedTuple):
@@ -38,9 +40,9 @@ class SlotValue(NamedTuple):
 
 
 def edited_slots(
-    method: Method, unit: Unit, leaf: jax.Array, slots: Sequence[Any], fire: Fire, inputs: Mapping[str, Any]
+    edit: Edit, unit: Unit, leaves: Mapping[str, jax.Array], slots: Sequence[Any], fire: Fire, inputs: Mapping[str, Any]
 ) -> tuple[jax.Array, ...]:
-    """The slots of a leaf as `edit_slots` returns them, in their own dtypes; a leaf without slots has nothing to edit.
+    """The slots of a unit as `edit_slots` returns them, in their own dtypes; where there are none is nothing to edit.
 
     Raises:
       UserCodeError: it raised.
@@ -48,35 +50,59 @@ def edited_slots(
     """
     if not slots:
         return ()
-    path = unit.paths[0]
-    names = _names(unit.slots)
-    given = {
-        name: SlotValue(_wide(value), slot.kind, slot.init)
-        for name, slot, value in zip(names, unit.slots, slots, strict=True)
-    }
-    ready = {"path": path, "step": fire.step, **inputs, LEAF: leaf}
-    if fire.key is not None:
-        ready["key"] = jax.random.fold_in(fire.key, fire.hashes[0])
-    with located(path=path):
-        try:
-            result = method.function(dict(given), **method.fill(ready))
-        except SurgeryError:
-            raise
-        except Exception as error:
-            raise UserCodeError(f"{method.name} raised {type(error).__name__}: {shorten(error)}") from error
-        _check(method.name, given, result)
-    return tuple(like(result[name], old) for name, old in zip(names, slots, strict=True))
+    method = edit.edit_slots
+    assert method is not None
+    names = _names(unit)
+    given: dict[str, dict[str, SlotValue]] = {path: {} for path in unit.paths}
+    for (path, name), slot, value in zip(names, unit.slots, slots, strict=True):
+        given[path][name] = SlotValue(_wide(value), slot.kind, slot.init)
+    if edit.many:
+        result = _called(method, given, {"step": fire.step, **inputs, LEAVES: dict(leaves), "key": fire.key})
+        _check_paths(method.name, given, result)
+    else:
+        [path] = unit.paths
+        key = None if fire.key is None else jax.random.fold_in(fire.key, fire.hashes[0])
+        with located(path=path):
+            ready = {"path": path, "step": fire.step, **inputs, LEAF: leaves[path], "key": key}
+            result = {path: _called(method, given[path], ready)}
+    for path in unit.paths:
+        with located(path=path):
+            _check(method.name, given[path], result[path])
+    return tuple(like(result[path][name], old) for (path, name), old in zip(names, slots, strict=True))
 
 
-def _names(slots: Sequence[Slot]) -> tuple[str, ...]:
-    """A name for each slot of a leaf: class and field, and where two are alike the place in the state too."""
-    counts = Counter(slot.name for slot in slots)
-    return tuple(slot.name if counts[slot.name] == 1 else f"{slot.name} at {slot.group}" for slot in slots)
+def _called(method: Method, given: Any, ready: Mapping[str, Any]) -> Any:
+    ready = {name: value for name, value in ready.items() if name != "key" or value is not None}
+    try:
+        return method.function(dict(given), **method.fill(ready))
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise UserCodeError(f"{method.name} raised {type(error).__name__}: {shorten(error)}") from error
+
+
+def _names(unit: Unit) -> tuple[tuple[str, str], ...]:
+    """Path and name of each slot: class and field, and where two of a leaf are alike the place in the state too."""
+    plain = [(unit.path(slot), slot.name) for slot in unit.slots]
+    counts = Counter(plain)
+    return tuple(
+        (path, name if counts[path, name] == 1 else f"{name} at {slot.group}")
+        for (path, name), slot in zip(plain, unit.slots, strict=True)
+    )
 
 
 def _wide(value: Any) -> jax.Array:
     array = jnp.asarray(value)
     return array.astype(compute_dtype(array.dtype))
+
+
+def _check_paths(name: str, given: Mapping[str, Any], result: Any) -> None:
+    if not isinstance(result, Mapping) or set(result) != set(given):
+        raise SurgeryFunctionError(
+            f"{name} must return a dict with the paths it was given: {listed(given)}.",
+            found=listed(map(repr, result)) or "no paths" if isinstance(result, Mapping) else type(result).__name__,
+            write="{path: {name: slot.value for name, slot in of.items()} for path, of in slots.items()}, some edited",
+        )
 
 
 def _check(name: str, given: Mapping[str, SlotValue], result: Any) -> None:

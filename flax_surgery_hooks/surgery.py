@@ -40,7 +40,8 @@ class Surgery(Protocol):
       `observe(leaf)`: what happens to the leaf and the memory at every step, inside the train step, by
         `hooks.observe(state)` or `hooks.in_graph(state)`. Slots are left alone.
       `fold_back(new_leaf)`: the linear map that says how a change of the new leaf folds back into the old one.
-      `edit_slots(slots)`: the optimizer slots of the leaf after the edit, see `slot_edits`; it may take `leaf` too.
+      `edit_slots(slots)`: the optimizer slots of the leaf after the edit, see `slot_edits`; it may take `leaf` too, or
+        `leaves` where the surgery takes all.
       `figures(leaf)`: further figures of a fire, name -> number, and `figure_names(paths)`, which says their names.
       `check_schedule(when)`: raises if the surgery is not made for such a schedule; called by `hooks.add`.
 
@@ -120,7 +121,7 @@ class Edit:
     @property
     def needs(self) -> tuple[str, ...]:
         """Names of the parameters without default of all that a fire calls, but for those that it makes itself."""
-        others = [name for method in self._called for name in method.wants if name != LEAF]
+        others = [name for method in self._called for name in method.wants if name not in (LEAF, LEAVES)]
         made = dict(self.derived)
         return tuple(name for name in (*self.wants, *others, *self.fold_wants) if name not in made)
 

@@ -60,14 +60,6 @@ def by_hook(surgery=halve, state=PLAIN, step=1, inputs=None, **options):
     return lambda: make_hooks(surgery, options=options)(step, state, **(inputs or {}))
 
 
-class SlotsOfAll:
-    def __call__(self, leaves):
-        return leaves
-
-    def edit_slots(self, slots, /):
-        return slots
-
-
 class OptimizerPath:
     def edit_optimizer(self, optimizer, /, path):
         return optimizer
@@ -254,7 +246,6 @@ CASES = {
     # Surgeries on the optimizer; tests/test_reset_moments.py and tests/test_optimizer_surgeries.py have more.
     "slot_rule_given": Case(on_slots(ResetMoments(), opt_state="reset"), RULE, ("says itself", "no opt_state=")),
     "no_slots": Case(on_plain(ResetMoments()), SLOT, ("edits optimizer slots", "leaves have none", "Found: w")),
-    "slots_of_all": Case(on_plain(SlotsOfAll()), FUNCTION, ("the slots of one leaf", "def __call__(self, leaf)")),
     "optimizer_and_leaves": Case(on_plain(LeavesToo()), FUNCTION, ("edit_optimizer and __call__", "two surgeries")),
     "optimizer_path": Case(on_plain(OptimizerPath()), FUNCTION, ("asks for path", "are the selected leaves")),
     # Where a fire ends.

@@ -310,11 +310,40 @@ def raising(slots, **_):
 
 
 class Many:
+    """A surgery of all leaves that says what becomes of their slots."""
+
+    def __init__(self, edit):
+        self.edit = edit
+
     def __call__(self, leaves):
         return leaves
 
-    def edit_slots(self, slots, /):
+    def edit_slots(self, slots, /, leaves, key=None):
+        return self.edit(slots, leaves)
+
+
+def halved(slots, leaves):
+    return {path: {name: slot.value / leaves[path].ndim for name, slot in of.items()} for path, of in slots.items()}
+
+
+class ManyByPath(Many):
+    def edit_slots(self, slots, /, path):
         return slots
+
+
+class ManyAdding(Many):
+    def __call__(self, leaves):
+        return {**leaves, "more": leaves["w"]}
+
+
+def test_a_surgery_of_all_leaves_edits_all_their_slots():
+    """Each leaf has its own: those of one leaf are not those of another."""
+    new, record = fsh.operate(ADAM, Many(halved), params=["w", "v"])
+    for name in ("mu", "nu"):
+        old, edited = getattr(ADAM.opt_state[0], name), getattr(new.opt_state[0], name)
+        np.testing.assert_array_equal(edited["w"], old["w"] / 2)
+        np.testing.assert_array_equal(edited["v"], old["v"])
+    assert record.figures["slots/changed"] == 2 * ADAM.params["w"].size
 
 
 class Remembering:
@@ -353,7 +382,12 @@ CASES = {
                         ("an array like ScaleByAdamState.mu", "float32[4, 8]", "float32 of shape [5, 8]"), W),
     "no_array": Case(own(lambda slots, **_: dict.fromkeys(slots, 0)), FUNCTION, ("Found: int",), W),
     "no_input": Case(lambda: fsh.operate(ADAM, Own(dict), params="w"), e.InputError, ("asks for factor",)),
-    "all_leaves": Case(lambda: fsh.operate(ADAM, Many()), FUNCTION, ("the slots of one leaf", "return leaf")),
+    "all_leaves": Case(lambda: fsh.operate(ADAM, Many(lambda slots, _: {"w": {}})), FUNCTION,
+                       ("Many.edit_slots must return a dict with the paths it was given: ", "Found: 'w'")),
+    "all_leaves_by_path": Case(lambda: fsh.operate(ADAM, ManyByPath(halved)), FUNCTION,
+                               ("ManyByPath.edit_slots asks for path", "given `leaves`, `key`")),
+    "all_leaves_and_more": Case(lambda: fsh.operate(ADAM, ManyAdding(halved)), e.StructureError,
+                                ("neither add nor remove leaves", "more", "without edit_slots")),
     "memory": Case(lambda: fsh.operate(ADAM, Remembering()), FUNCTION,
                    ("Remembering.edit_slots asks for memory", "given `leaf`, `path`")),
 }  # fmt: skip

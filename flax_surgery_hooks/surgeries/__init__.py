@@ -1,5 +1,8 @@
 """The catalogue: ready surgeries, each a small frozen dataclass that uses the public protocol alone."""
 
+from flax_surgery_hooks.surgeries.low_rank import Factorize as Factorize
+from flax_surgery_hooks.surgeries.low_rank import MergeLora as MergeLora
+from flax_surgery_hooks.surgeries.low_rank import ReLoRA as ReLoRA
 from flax_surgery_hooks.surgeries.norms import ClipNorm as ClipNorm
 from flax_surgery_hooks.surgeries.norms import Normalize as Normalize
 from flax_surgery_hooks.surgeries.norms import Scale as Scale
@@ -20,10 +23,13 @@ __all__ = [
     "SET",
     "Assign",
     "ClipNorm",
+    "Factorize",
     "Freeze",
+    "MergeLora",
     "Noise",
     "Normalize",
     "Prune",
+    "ReLoRA",
     "Reinit",
     "ResetMoments",
     "Rewarm",

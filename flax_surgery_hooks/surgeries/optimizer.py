@@ -88,7 +88,7 @@ class ResetMoments:
         new = {name: slot.value for name, slot in slots.items()}
         mask = None if self.fraction == 1 else self._mask(slots, leaf, key)
         for name in chosen:
-            start = _start(name, slots[name], leaf)
+            start = start_of(name, slots[name], leaf)
             new[name] = start if mask is None else _masked(name, mask, start, new[name])
         return new
 
@@ -113,7 +113,7 @@ class ResetMoments:
         return smallest(_bits(jnp.abs(sizes[0])), count)
 
 
-def _start(name: str, slot: SlotValue, leaf: jax.Array) -> jax.Array:
+def start_of(name: str, slot: SlotValue, leaf: jax.Array) -> jax.Array:
     """What `tx.init` makes of a slot."""
     if slot.kind == "param" and slot.value.shape == leaf.shape:
         return leaf.astype(slot.value.dtype)
