@@ -33,7 +33,7 @@ ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapte
              "config", "config_export", "config_fields", "config_hook", "config_reading", "config_registry",
              "config_writing", "count_schedules", "derived_schedules", "distributions", "errors", "failing",
              "fingerprint", "freezable", "globs", "guards", "in_graph", "keeping", "kept_leaves", "layer_index",
-             "layer_slots", "ledger_files", "ledger_lines", "metric_schedules", "mirrors", "optimizer",
+             "layer_slots", "ledger_files", "ledger_lines", "low_rank", "metric_schedules", "mirrors", "optimizer",
              "optimizer_edits", "optimizer_state", "paths", "placement", "processes", "ramps", "resuming", "rewarm",
              "rollback", "room", "schedules", "selection", "slot_edits", "slot_gain", "straight_through", "structures",
              "switching", "targets", "traced_hooks", "trainers", "watched_schedules", "watched_values", "watching",
@@ -58,6 +58,14 @@ def on_plain(surgery, **kwargs):
 def by_hook(surgery=halve, state=PLAIN, step=1, inputs=None, **options):
     """A first call of hooks."""
     return lambda: make_hooks(surgery, options=options)(step, state, **(inputs or {}))
+
+
+class SlotsOfAll:
+    def __call__(self, leaves):
+        return {**leaves, "more": jnp.ones(2)}
+
+    def edit_slots(self, slots, /):
+        return slots
 
 
 class OptimizerPath:
@@ -246,6 +254,8 @@ CASES = {
     # Surgeries on the optimizer; tests/test_reset_moments.py and tests/test_optimizer_surgeries.py have more.
     "slot_rule_given": Case(on_slots(ResetMoments(), opt_state="reset"), RULE, ("says itself", "no opt_state=")),
     "no_slots": Case(on_plain(ResetMoments()), SLOT, ("edits optimizer slots", "leaves have none", "Found: w")),
+    "slots_of_more": Case(on_slots(SlotsOfAll(), params="**"), e.StructureError,
+                          ("can neither add nor remove leaves", "v, w -> more", "without edit_slots")),
     "optimizer_and_leaves": Case(on_plain(LeavesToo()), FUNCTION, ("edit_optimizer and __call__", "two surgeries")),
     "optimizer_path": Case(on_plain(OptimizerPath()), FUNCTION, ("asks for path", "are the selected leaves")),
     # Where a fire ends.
