@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "values.md").read_text()
 FOUND = json.loads((ROOT / "docs" / "values.json").read_text())
 BLOCK = re.compile(r"<!-- measured: (\w+) -->.*?<!-- end -->", re.DOTALL)
-EXAMPLES = {"spikes": "spikes_digits.py"}
+EXAMPLES = {"spikes": "spikes_digits.py", "relora": "relora_digits.py"}
 """Name of a measurement -> the example that makes it."""
 
 
@@ -62,6 +62,16 @@ def test_spikes_cost_much_and_resets_bring_most_of_it_back():
     clean, spiked, reset = (scores("spikes", name) for name in ("no spikes", "nothing done", "resets, re-warmed"))
     assert (clean - spiked).mean() > 10 * (clean - reset).mean() > 0
     assert (reset > spiked).all()
+
+
+def test_ranks_add_up_over_merges_and_bring_accuracy():
+    full, never, alone, relora = (scores("relora", name) for name in FOUND["relora"]["runs"])
+    assert (full > relora).all()
+    assert (relora > alone).all()
+    assert alone.mean() > never.mean()
+    ranks = {name: {rank for run in runs for rank in run["ranks"]} for name, runs in FOUND["relora"]["runs"].items()}
+    assert ranks["never merged"] == {1}
+    assert min(ranks["ReLoRA"]) > 5
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
