@@ -9,6 +9,9 @@ from flax_surgery_hooks.surgeries.optimizer_state import Rewarm as Rewarm
 from flax_surgery_hooks.surgeries.optimizer_state import SetHyperparams as SetHyperparams
 from flax_surgery_hooks.surgeries.optimizer_state import SwitchOptimizer as SwitchOptimizer
 from flax_surgery_hooks.surgeries.optimizer_state import Thaw as Thaw
+from flax_surgery_hooks.surgeries.plasticity import ContinualBackprop as ContinualBackprop
+from flax_surgery_hooks.surgeries.plasticity import RecycleDormant as RecycleDormant
+from flax_surgery_hooks.surgeries.plasticity import ShrinkAndPerturb as ShrinkAndPerturb
 from flax_surgery_hooks.surgeries.pruning import Prune as Prune
 from flax_surgery_hooks.surgeries.sparse_training import SET as SET
 from flax_surgery_hooks.surgeries.sparse_training import RigL as RigL
@@ -20,16 +23,19 @@ __all__ = [
     "SET",
     "Assign",
     "ClipNorm",
+    "ContinualBackprop",
     "Freeze",
     "Noise",
     "Normalize",
     "Prune",
+    "RecycleDormant",
     "Reinit",
     "ResetMoments",
     "Rewarm",
     "RigL",
     "Scale",
     "SetHyperparams",
+    "ShrinkAndPerturb",
     "SwitchOptimizer",
     "Thaw",
 ]

@@ -1,4 +1,4 @@
-"""Units of a network: which elements of which leaves make each, which act on its account, and what it does on a batch."""
+"""Units of a network: which elements of leaves make each, which read it, and what it does on a batch."""
 
 from flax_surgery_hooks.units.captured import activations as activations
 from flax_surgery_hooks.units.captured import capture as capture

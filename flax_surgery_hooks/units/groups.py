@@ -26,7 +26,7 @@ class Units:
 
     Args:
       activation: the name of the array that holds what they do, [..., units].
-      incoming: path -> axis, of all that makes a unit: kernels (two for a gated layer), biases, scale and bias of a norm.
+      incoming: path -> axis, of all that makes a unit: kernels (two if it is gated), biases, scale and bias of a norm.
       outgoing: path -> axis, of all that reads it. An axis may be `(axis, "repeat")` in both; alone it means "tile".
       stacked: whether all leaves and the activation have a first axis of layers (`nn.scan`), so that there are as many
         units in each layer.
@@ -108,7 +108,9 @@ class Units:
                 write=listed(close_matches(self.activation, known)) or "a function that returns {name: array}",
             )
         made, shape = jnp.asarray(activations[self.activation]), self.shape(leaves)
-        fits = made.ndim > len(shape) and made.shape[-1] == shape[-1] and (not self.stacked or made.shape[0] == shape[0])
+        fits = (
+            made.ndim > len(shape) and made.shape[-1] == shape[-1] and (not self.stacked or made.shape[0] == shape[0])
+        )
         if not fits:
             raise UnitsError(
                 f"The activations {self.activation!r} are of other units than the leaves.",
@@ -121,9 +123,7 @@ class Units:
         """The mean of `activity` over all but the units (and layers)."""
         return jnp.mean(activity, axis=tuple(range(int(self.stacked), activity.ndim - 1)))
 
-    def elements(
-        self, path: str, shape: tuple[int, ...], chosen: Any, places: Mapping[str, Place]
-    ) -> jax.Array:  # fmt: skip
+    def elements(self, path: str, shape: tuple[int, ...], chosen: Any, places: Mapping[str, Place]) -> jax.Array:
         """Values per unit, bool or numbers, at the elements of a leaf: an array that broadcasts to its shape.
 
         Args:
@@ -141,6 +141,20 @@ class Units:
         if self.stacked:
             dims[0] = shape[0]
         return along.reshape(dims)
+
+    def gathered(self, path: str, leaf: jax.Array, count: int) -> jax.Array:
+        """The sum of what reads each unit in an outgoing leaf: [units], or [layers, units] if stacked.
+
+        Args:
+          path: of the leaf.
+          leaf: its elements, or numbers of its shape.
+          count: how many units a layer has.
+        """
+        axis, order = _pair(self.outgoing[path])
+        others = [other for other in range(int(self.stacked), leaf.ndim) if other != axis % leaf.ndim]
+        along = jnp.sum(leaf, axis=tuple(others))
+        split = (-1, count) if order == "tile" else (count, -1)
+        return jnp.sum(along.reshape(*along.shape[:-1], *split), axis=-2 if order == "tile" else -1)
 
     def _places(self) -> Iterator[tuple[str, Place]]:
         yield from self.incoming.items()
@@ -187,7 +201,8 @@ def _length(leaves: Mapping[str, Any], path: str, axis: int, stacked: bool) -> i
     shape = jnp.shape(leaves[path])
     if not -len(shape) <= axis < len(shape) or (stacked and axis % len(shape) == 0):
         raise UnitsError(
-            "Units cannot lie along this axis of the leaf" + (", whose first one is that of layers." if stacked else "."),
+            "Units cannot lie along this axis of the leaf"
+            + (", whose first one is that of layers." if stacked else "."),
             path=path,
             found=f"axis {axis} of shape {list(shape)}",
             write=f"axis {len(shape) - 1}" if shape else "a leaf with axes",
