@@ -165,9 +165,9 @@ class ContinualBackprop:
 
     and as many of these units are replaced, those of least utility, of equal ones the first, as there are whole numbers
     in `owed`, which they are taken off. Over T fires with n such units that is floor(rate * n * T), exactly: `owed` is
-    kept in integers. What makes a replaced unit is drawn anew by the model's own initialisers, what reads it becomes 0 (also
-    between two replaced units), its age and utility too. These elements are fresh in every slot; all others, but for
-    the compensation, stay bit for bit. Ages, `maturity` and `rate` count fires: with `every(10)`, ten steps each.
+    kept in integers. What makes a replaced unit is drawn anew by the model's own initialisers, what reads it becomes 0
+    (also between two replaced units), its age and utility too. These elements are fresh in every slot; all others, but
+    for the compensation, stay bit for bit. Ages, `maturity` and `rate` count fires: with `every(10)`, ten steps each.
 
     Args:
       units: `fsh.units.Units`, one or several; `fsh.units.find` finds them. Not those of the output.
@@ -371,4 +371,4 @@ def _check_number(surgery: str, field: str, value: Any, least: float, most: floa
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not least <= value <= most:
         bounds = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-        raise SurgeryFunctionError(f"{surgery}({field}=...) must be a number of {bounds}.", found=quoted(value))
+        raise SurgeryFunctionError(f"{surgery}({field}=...) must be a number, {bounds}.", found=quoted(value))

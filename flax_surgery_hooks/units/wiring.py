@@ -119,10 +119,11 @@ def _find_one(run: Any, rebuild: Any, leaves: Leaves, name: str, shapes: Any, st
     # What later layers of a stack do depends on all before; the first depends on its own leaves alone.
     def active(leaves: Leaves, chosen: Any) -> Any:
         made = run(rebuild(leaves))[1][name]
-        return _some(made[0] * chosen if stacked else made * chosen)
+        made = made[0] if stacked else made
+        return _some(jnp.where(jnp.broadcast_to(chosen, made.shape), made, 0))
 
     into = jax.jit(jax.grad(active))
-    slopes = [into(leaves, jnp.asarray(chosen, jnp.float32)) for chosen in subsets]
+    slopes = [into(leaves, jnp.asarray(chosen)) for chosen in subsets]
     first = [{path: slope[0] if stacked and slope.ndim else slope for path, slope in one.items()} for one in slopes]
     incoming = _wired(name, subsets, first, within=True, stacked=stacked)
     if not any(leaves[path].ndim > 1 + stacked for path in incoming):
