@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 
@@ -75,7 +76,7 @@ def test_what_makes_dead_units_is_drawn_by_the_model_and_what_reads_them_is_zero
         np.testing.assert_allclose(record.figures[f"dormant/share/{group.activation}"], dead.mean(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["mlp", "cnn", "scanned"])
 def test_slots_start_anew_where_elements_do_and_nowhere_else_biases_too(name):
     state, after, _ = recycled(name, "init")
     for slot in ("mu", "nu"):
@@ -146,10 +147,10 @@ def dormant_in(scores, **options):
 
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.5, 1.0])
 def test_a_unit_is_dormant_by_its_share_of_the_mean_activity(tau):
-    h = np.random.default_rng(4).normal(size=(6, 5, 8)) * np.array([0, 0.05, 0.2, 0.4, 0.9, 1, 2, 3])
+    h = np.random.default_rng(4).normal(size=(6, 5, 8)) * np.array([0, 0.05, 0.2, 0.4, 0.6, 1.2, 2, 3])
     size = np.abs(h).mean(axis=(0, 1))
     expected = size / size.mean() <= tau
-    assert expected.sum() == {0.0: 1, 0.1: 2, 0.5: 4, 1.0: 6}[tau]
+    assert expected.sum() == {0.0: 1, 0.1: 2, 0.5: 4, 1.0: 5}[tau]
     found, record = dormant_in(h.astype(np.float32), tau=tau)
     np.testing.assert_array_equal(found, expected)
     assert float(record.figures["dormant/recycled/h"]) == expected.sum()
@@ -203,7 +204,7 @@ RECYCLE = RecycleDormant(GROUP, tiny_init, tiny_activations, tau=0.6)
 
 def recycling(surgery=RECYCLE, when=None):
     hooks = fsh.SurgeryHooks(seed=5)
-    hooks.add("redo", surgery, when=when or fsh.every(2))
+    hooks.add("redo", surgery, params="**", when=when or fsh.every(2))
     return hooks
 
 
@@ -255,12 +256,15 @@ def test_on_a_mesh_the_same_units_are_recycled(kind):
 
     def activations(state, batch):
         if kind is AxisType.Explicit:  # a user's own model says how its contractions lie
-            gathered = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P()), state.params["a"])
+            whole = NamedSharding(mesh, P())
+            gathered = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, whole), state.params["a"])
             state = state.replace(params={**state.params, "a": gathered})
         return tiny_activations(state, batch)
 
     surgery = RecycleDormant(GROUP, tiny_init, activations, tau=0.6)
-    one, _ = fsh.operate(alone, surgery, key=KEY, inputs={"batch": batch})
+    one, _ = fsh.operate(
+        alone, dataclasses.replace(surgery, activations=tiny_activations), key=KEY, inputs={"batch": batch}
+    )
     other, _ = fsh.operate(spread, surgery, key=KEY, inputs={"batch": place(batch, P("data", None))})
     for a, b, was in zip(*map(jax.tree.leaves, (one.params, other.params, spread.params)), strict=True):
         np.testing.assert_array_equal(a, b)

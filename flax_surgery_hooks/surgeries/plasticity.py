@@ -227,7 +227,7 @@ class ContinualBackprop:
         """Utility, age and mean activity of every unit, and what is owed of every layer."""
         remembered = {}
         for group in as_groups(self.units):
-            shape = group.shape(leaves)
+            shape = group.extent(leaves)
             zeros = jnp.zeros(shape, jnp.float32)
             remembered[group.activation] = {
                 "utility": zeros,
@@ -321,7 +321,7 @@ def _renewed(
 
 def _read(group: Units, leaves: Arrays) -> jax.Array:
     """The sum of |outgoing| of each unit; 1 where nothing is said to read it."""
-    shape = group.shape(leaves)
+    shape = group.extent(leaves)
     if not group.outgoing:
         return jnp.ones(shape, jnp.float32)
     each = [group.gathered(path, jnp.abs(leaves[path]), shape[-1]) for path in group.outgoing]

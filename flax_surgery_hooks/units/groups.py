@@ -35,7 +35,7 @@ class Units:
 
     >>> units = Units("h", {"Dense_0/kernel": 1, "Dense_0/bias": 0}, {"Dense_1/kernel": 0})
     >>> shapes = {"Dense_0/kernel": (5, 4), "Dense_0/bias": (4,), "Dense_1/kernel": (8, 3)}
-    >>> units.shape({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    >>> units.extent({path: jnp.zeros(shape) for path, shape in shapes.items()})
     (4,)
     >>> chosen = jnp.array([False, True, False, False])
     >>> units.elements("Dense_1/kernel", (8, 3), chosen, units.outgoing)[:, 0].astype(int).tolist()
@@ -63,7 +63,7 @@ class Units:
     def __hash__(self) -> int:
         return hash((self.activation, *self.incoming.items(), *self.outgoing.items(), self.stacked))
 
-    def shape(self, leaves: Mapping[str, Any]) -> tuple[int, ...]:
+    def extent(self, leaves: Mapping[str, Any]) -> tuple[int, ...]:
         """How many units there are: (units,), or (layers, units) if stacked.
 
         Args:
@@ -107,7 +107,7 @@ class Units:
                 found=listed(known) if known else type(activations).__name__,
                 write=listed(close_matches(self.activation, known)) or "a function that returns {name: array}",
             )
-        made, shape = jnp.asarray(activations[self.activation]), self.shape(leaves)
+        made, shape = jnp.asarray(activations[self.activation]), self.extent(leaves)
         fits = (
             made.ndim > len(shape) and made.shape[-1] == shape[-1] and (not self.stacked or made.shape[0] == shape[0])
         )

@@ -52,7 +52,7 @@ def check(units: Any, output: Callable[[Any], Any], params: Any) -> None:
     slopes = jax.jit(jax.grad(loss))
     apart = slopes(leaves)
     for group in as_groups(units):
-        shape = group.shape(leaves)
+        shape = group.extent(leaves)
         _check_parts(group, apart)
         for chosen in map(jnp.asarray, _subsets(shape[-1])):
             each = jnp.broadcast_to(chosen, shape)
