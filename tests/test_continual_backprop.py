@@ -213,7 +213,7 @@ def test_compensation_through_a_flattened_convolution_and_in_a_stack(name):
     assert (new[bias] != old[bias]).any()
 
 
-@pytest.mark.parametrize("name", ["mlp", "gated", "scanned"])
+@pytest.mark.parametrize("name", ["gated", "scanned"])
 def test_only_what_is_replaced_changes_and_starts_anew(name):
     case = CASES[name]
     state = state_of(case.params())
@@ -242,9 +242,9 @@ def test_only_what_is_replaced_changes_and_starts_anew(name):
 
 def test_the_host_and_the_graph_do_the_same():
     surgery = ContinualBackprop(GROUP, init, rate=0.05, maturity=2)
-    adam = optax.adam(0.1)
-    host, _ = run(surgery, 12, start(adam), quick=False)
-    graph, _ = run(surgery, 12, start(adam), way="graph", quick=False)
+    tx = optax.sgd(0.1, momentum=0.9)
+    host, _ = run(surgery, 12, start(tx), quick=False)
+    graph, _ = run(surgery, 12, start(tx), way="graph", quick=False)
     for one, other in zip(host, graph, strict=True):
         for of in (lambda s: s.params, lambda s: s.opt_state, lambda s: s.surgery["memory"]):
             assert_bitwise_equal(of(one), of(other))
