@@ -9,6 +9,7 @@ from flax_surgery_hooks import errors as errors
 from flax_surgery_hooks import metrics as metrics
 from flax_surgery_hooks import sparsity as sparsity
 from flax_surgery_hooks import surgeries as surgeries
+from flax_surgery_hooks import units as units
 from flax_surgery_hooks.adapters import bind as bind
 from flax_surgery_hooks.adapters import bind_nnx as bind_nnx
 from flax_surgery_hooks.collectives import Collective as Collective

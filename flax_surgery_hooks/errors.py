@@ -58,6 +58,10 @@ class SelectionError(SurgeryError):
     """A pattern that matches nothing, another number of leaves than expected, or is malformed."""
 
 
+class UnitsError(SurgeryError):
+    """A description of units that does not fit the model, or units whose wiring cannot be found."""
+
+
 class SurgeryFunctionError(SurgeryError):
     """A surgery whose signature, or whose returned paths, shapes or dtypes are not what they must be."""
 

@@ -46,6 +46,7 @@ KINDS = {
     "steps": (e.StepError,),
     "hooks and inputs": (e.HookError, e.InputError),
     "metrics": (e.WriterError,),
+    "units": (e.UnitsError,),
 }  # fmt: skip
 """What users get wrong, and the classes that say so."""
 RETURNED = {

@@ -12,6 +12,9 @@ from flax_surgery_hooks.surgeries.optimizer_state import Rewarm as Rewarm
 from flax_surgery_hooks.surgeries.optimizer_state import SetHyperparams as SetHyperparams
 from flax_surgery_hooks.surgeries.optimizer_state import SwitchOptimizer as SwitchOptimizer
 from flax_surgery_hooks.surgeries.optimizer_state import Thaw as Thaw
+from flax_surgery_hooks.surgeries.plasticity import ContinualBackprop as ContinualBackprop
+from flax_surgery_hooks.surgeries.plasticity import RecycleDormant as RecycleDormant
+from flax_surgery_hooks.surgeries.plasticity import ShrinkAndPerturb as ShrinkAndPerturb
 from flax_surgery_hooks.surgeries.pruning import Prune as Prune
 from flax_surgery_hooks.surgeries.sparse_training import SET as SET
 from flax_surgery_hooks.surgeries.sparse_training import RigL as RigL
@@ -23,6 +26,7 @@ __all__ = [
     "SET",
     "Assign",
     "ClipNorm",
+    "ContinualBackprop",
     "Factorize",
     "Freeze",
     "MergeLora",
@@ -30,12 +34,14 @@ __all__ = [
     "Normalize",
     "Prune",
     "ReLoRA",
+    "RecycleDormant",
     "Reinit",
     "ResetMoments",
     "Rewarm",
     "RigL",
     "Scale",
     "SetHyperparams",
+    "ShrinkAndPerturb",
     "SwitchOptimizer",
     "Thaw",
 ]

@@ -98,10 +98,16 @@ def _fits(shape: tuple[int, ...], leaf: tuple[int, ...]) -> bool:
 class Reinit:
     """Draws leaves anew, by the model's own initialisers or by a given one. All their elements are fresh.
 
+    On a period, for the last layers alone, it is the reset of Nikishin et al. against the primacy bias: the other
+    layers keep their values and their optimizer slots, bit for bit. What the paper does to the slots of the reset
+    layers is `fresh="init"`.
+
     Args:
       init: `init(key) -> params`, such as `lambda key: model.init(key, batch)["params"]`. Only the selected leaves of
         what it returns are computed.
       initializer: instead of `init`, a `jax.nn.initializers` function `(key, shape, dtype) -> array`, for each leaf.
+
+    Source: Nikishin et al. 2022 (arXiv 2205.07802), for resets on a period.
 
     >>> reinit = Reinit(initializer=jax.nn.initializers.zeros)
     >>> reinit({"w": jnp.ones(2)}, key=jax.random.key(0))["w"].tolist()
@@ -125,15 +131,32 @@ class Reinit:
         if self.initializer is not None:
             return {p: self.initializer(key_for(key, p), leaf.shape, leaf.dtype) for p, leaf in leaves.items()}
         assert self.init is not None
-        drawn = flatten(self.init(key))
-        fresh = dict(zip(drawn.paths, drawn.values, strict=True))
-        return {path: _same(path, leaf, fresh) for path, leaf in leaves.items()}
+        return drawn_by(self.init, key, leaves, "Reinit")
 
 
-def _same(path: str, leaf: jax.Array, fresh: Mapping[str, jax.Array]) -> jax.Array:
+def drawn_by(
+    init: Callable[[jax.Array], Any], key: jax.Array, leaves: Mapping[str, jax.Array], surgery: str
+) -> dict[str, jax.Array]:
+    """Leaves drawn anew by the model's own initialisers, as constants to the old ones.
+
+    Args:
+      init: `init(key) -> params`.
+      key: the key of the fire.
+      leaves: path -> leaf, of which paths, shapes and dtypes matter.
+      surgery: whose `init` it is, for messages.
+
+    Raises:
+      SurgeryFunctionError: it returned no such parameter, or one of another shape.
+    """
+    drawn = flatten(init(key))
+    fresh = dict(zip(drawn.paths, drawn.values, strict=True))
+    return {path: _same(path, leaf, fresh, surgery) for path, leaf in leaves.items()}
+
+
+def _same(path: str, leaf: jax.Array, fresh: Mapping[str, jax.Array], surgery: str) -> jax.Array:
     if path not in fresh:
         raise SurgeryFunctionError(
-            "Reinit(init=...) returned no such parameter.",
+            f"{surgery}(init=...) returned no such parameter.",
             path=path,
             found=listed(fresh),
             write='init=lambda key: model.init(key, batch)["params"]'
@@ -142,7 +165,7 @@ def _same(path: str, leaf: jax.Array, fresh: Mapping[str, jax.Array]) -> jax.Arr
         )
     if fresh[path].shape != leaf.shape:
         raise SurgeryFunctionError(
-            "Reinit(init=...) returned a parameter of another shape.",
+            f"{surgery}(init=...) returned a parameter of another shape.",
             path=path,
             found=f"{list(fresh[path].shape)} for {list(leaf.shape)}",
             write="an init of this very model",

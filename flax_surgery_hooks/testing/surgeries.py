@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_surgery_hooks import surgeries
+from flax_surgery_hooks import surgeries, units
 from flax_surgery_hooks.testing import laws, stability, streams
 from flax_surgery_hooks.testing.edits import FRESH, SMALL, EditRow
 from flax_surgery_hooks.testing.edits import row as edit_row
@@ -172,6 +172,27 @@ def _exchanging(
     return oracle
 
 
+_DORMANT = np.array([0.0, 3.0, 0.01, 5.0]), np.array([1.0, 0.0, 1.0])
+"""What the units of columns and those of rows do: of the former two are dormant, of the latter one."""
+_UNITS = (units.Units("columns", {"kernel": 1}, {}), units.Units("rows", {}, {"kernel": 0}))
+
+
+def _of_state(state: Any) -> dict[str, jax.Array]:
+    return {one.activation: jnp.asarray(done)[None] for one, done in zip(_UNITS, _DORMANT, strict=True)}
+
+
+def _recycling(columns: list[int], rows: list[int]) -> Callable[[np.ndarray], dict[str, Any]]:
+    """The oracle of units drawn anew: columns are those of a fresh draw, then rows are zero."""
+
+    def oracle(kernel: np.ndarray) -> dict[str, Any]:
+        column, row = np.isin(np.arange(4), columns)[None, :], np.isin(np.arange(3), rows)[:, None]
+        source = np.where(column | row, FRESH, np.arange(kernel.size).reshape(SMALL))
+        constant = np.where(row, 0, 0.1 * _drawn(streams.key()))
+        return {"source": source, "constant": constant, "wrong_source": np.roll(source, 1, axis=1)}
+
+    return oracle
+
+
 def _uniform(key: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.uniform(jax.random.fold_in(key, zlib.crc32(b"kernel")), SMALL))
 
@@ -207,6 +228,23 @@ _TABLE = (
     ),
     SurgeryRow(
         "Reinit_model", surgeries.Reinit(init=_model), _anew(lambda: 0.1 * _drawn(streams.key())), "reinitialise"
+    ),
+    SurgeryRow(
+        "ShrinkAndPerturb",
+        surgeries.ShrinkAndPerturb(_model, shrink=0.5, perturb=0.3),
+        lambda kernel: {"factor": 0.5, "share": 2.0, "wrong_share": 0.5, "offset": 0.03 * _drawn(streams.key())},
+    ),
+    SurgeryRow(
+        "RecycleDormant",
+        surgeries.RecycleDormant(_UNITS, _model, activations=_of_state),
+        _recycling([0, 2], [1]),
+        "reinitialise",
+    ),
+    SurgeryRow(
+        "ContinualBackprop",
+        surgeries.ContinualBackprop(_UNITS, _model, activations=_of_state, rate=0.4, maturity=0),
+        _recycling([0], [1]),
+        "reinitialise",
     ),
     SurgeryRow("Prune", surgeries.Prune(0.5), _dropping(lambda kernel: _largest(np.abs(kernel), 6)), idempotent=True),
     SurgeryRow(
