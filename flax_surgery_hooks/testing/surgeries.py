@@ -157,6 +157,16 @@ def _dropping(kept: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray]
     return lambda kernel: {"offset": np.where(kept(kernel), 0, -kernel), "wrong_share": 2.0}
 
 
+def _truncating(rank: int) -> Callable[[np.ndarray], dict[str, Any]]:
+    """The oracle of what takes the place of a kernel element by element: of a constant that is added."""
+
+    def oracle(kernel: np.ndarray) -> dict[str, Any]:
+        left, sizes, right = np.linalg.svd(kernel, full_matrices=False)
+        return {"offset": (left[:, :rank] * sizes[:rank]) @ right[:rank] - kernel, "wrong_share": 2.0}
+
+    return oracle
+
+
 def _exchanging(
     count: int, moved: int, growth: Callable[[jax.Array], np.ndarray]
 ) -> Callable[[np.ndarray], dict[str, Any]]:
@@ -246,6 +256,7 @@ _TABLE = (
         _recycling([0], [1]),
         "reinitialise",
     ),
+    SurgeryRow("Factorize", surgeries.Factorize(2), _truncating(2)),
     SurgeryRow("Prune", surgeries.Prune(0.5), _dropping(lambda kernel: _largest(np.abs(kernel), 6)), idempotent=True),
     SurgeryRow(
         "SET",
