@@ -1,5 +1,8 @@
 """The catalogue: ready surgeries, each a small frozen dataclass that uses the public protocol alone."""
 
+from flax_surgery_hooks.surgeries.averages import Ema as Ema
+from flax_surgery_hooks.surgeries.averages import Lawa as Lawa
+from flax_surgery_hooks.surgeries.averages import Swa as Swa
 from flax_surgery_hooks.surgeries.low_rank import Factorize as Factorize
 from flax_surgery_hooks.surgeries.low_rank import MergeLora as MergeLora
 from flax_surgery_hooks.surgeries.low_rank import ReLoRA as ReLoRA
@@ -23,8 +26,10 @@ __all__ = [
     "SET",
     "Assign",
     "ClipNorm",
+    "Ema",
     "Factorize",
     "Freeze",
+    "Lawa",
     "MergeLora",
     "Noise",
     "Normalize",
@@ -36,6 +41,7 @@ __all__ = [
     "RigL",
     "Scale",
     "SetHyperparams",
+    "Swa",
     "SwitchOptimizer",
     "Thaw",
 ]
