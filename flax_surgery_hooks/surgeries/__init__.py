@@ -3,6 +3,9 @@
 from flax_surgery_hooks.surgeries.averages import Ema as Ema
 from flax_surgery_hooks.surgeries.averages import Lawa as Lawa
 from flax_surgery_hooks.surgeries.averages import Swa as Swa
+from flax_surgery_hooks.surgeries.copies import Lookahead as Lookahead
+from flax_surgery_hooks.surgeries.copies import Rewind as Rewind
+from flax_surgery_hooks.surgeries.copies import Swap as Swap
 from flax_surgery_hooks.surgeries.low_rank import Factorize as Factorize
 from flax_surgery_hooks.surgeries.low_rank import MergeLora as MergeLora
 from flax_surgery_hooks.surgeries.low_rank import ReLoRA as ReLoRA
@@ -30,6 +33,7 @@ __all__ = [
     "Factorize",
     "Freeze",
     "Lawa",
+    "Lookahead",
     "MergeLora",
     "Noise",
     "Normalize",
@@ -38,10 +42,12 @@ __all__ = [
     "Reinit",
     "ResetMoments",
     "Rewarm",
+    "Rewind",
     "RigL",
     "Scale",
     "SetHyperparams",
     "Swa",
+    "Swap",
     "SwitchOptimizer",
     "Thaw",
 ]

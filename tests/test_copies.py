@@ -1,0 +1,198 @@
+"""Weights that are put in the place of the live ones: averages and back, slow ones, those of an earlier step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import assert_bitwise_equal
+
+import flax_surgery_hooks as fsh
+from flax_surgery_hooks.errors import ScheduleError, StateError, SurgeryError, SurgeryFunctionError
+from flax_surgery_hooks.surgeries import Ema, Lawa, Lookahead, Prune, Rewind, Swap
+from flax_surgery_hooks.testing import streams
+
+NEVER = fsh.at(1_000_000_000)
+TX = optax.adam(0.05)
+STEPS = 7
+
+
+def make_state(dtype: Any = jnp.float32) -> fsh.TrainState:
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), dtype)
+    params = {"kernel": kernel, "bias": jnp.ones(4, dtype)}
+    return fsh.TrainState.create(apply_fn=None, params=params, tx=TX).replace(step=jnp.int32(0))
+
+
+def make_hooks(surgery: Any, when: Any, **options: Any) -> fsh.SurgeryHooks:
+    hooks = fsh.SurgeryHooks(seed=1)
+    hooks.add("a", surgery, params="kernel", when=when, **options)
+    return hooks
+
+
+def update(state: Any) -> Any:
+    return state.apply_gradients(grads=jax.tree.map(lambda leaf: jnp.sin(3 * leaf) + 0.1, state.params))
+
+
+def trained(hooks: fsh.SurgeryHooks, form: str = "host", dtype: Any = jnp.float32) -> tuple[Any, list[Any]]:
+    """The state after a run whose train step donates, and the states after each step, in NumPy."""
+    inside = hooks.in_graph if form == "graph" else hooks.observe
+    step = jax.jit(lambda state: inside(update(state)), donate_argnums=0)
+    state = hooks.init(make_state(dtype))
+    seen = [jax.tree.map(np.array, (state.params, state.opt_state))]
+    for at in range(1, STEPS + 1):
+        state = hooks(at, step(state))
+        seen.append(jax.tree.map(np.array, (state.params, state.opt_state)))
+    hooks.collect(state)
+    hooks.flush()
+    return state, seen
+
+
+@jax.jit
+def bare(params: Any, opt_state: Any) -> Any:
+    """A step without hooks: params and optimizer state."""
+    state = update(fsh.TrainState(step=0, apply_fn=None, params=params, tx=TX, opt_state=opt_state))
+    return state.params, state.opt_state
+
+
+def assert_close(one: Any, other: Any) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+# Swap
+
+
+def swapping(dtype: Any, surgery: Any, params: str = "kernel") -> tuple[fsh.SurgeryHooks, Any]:
+    hooks = fsh.SurgeryHooks(seed=1)
+    hooks.add("average", surgery, params="**", when=NEVER)
+    hooks.add("swap", Swap("average"), params=params, when=NEVER)
+    step = jax.jit(lambda state: hooks.observe(update(state)))
+    state = hooks.init(make_state(dtype))
+    for _ in range(3):
+        state = step(state)
+    return hooks, state
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("surgery", [Ema(0.8), Lawa(2, 1)])
+def test_a_swap_puts_the_average_in_and_the_next_one_the_weights_back(dtype, surgery):
+    hooks, state = swapping(dtype, surgery)
+    average = fsh.average_of(state, "average")
+    swapped = hooks.fire("swap", state)
+    assert_bitwise_equal(swapped.params, {**state.params, "kernel": average["kernel"]})
+    assert np.any(swapped.params["kernel"] != state.params["kernel"])
+    back = hooks.fire("swap", swapped)
+    assert_bitwise_equal(back.params, state.params)
+    for one in (swapped, back):
+        assert_bitwise_equal(one.opt_state, state.opt_state)
+        assert_bitwise_equal(one.surgery["memory"]["average"], state.surgery["memory"]["average"])
+    assert_bitwise_equal(hooks.fire("swap", back).params, swapped.params)
+
+
+def test_a_swap_can_be_fired_in_graph():
+    def run(form: str) -> Any:
+        hooks = fsh.SurgeryHooks(seed=1)
+        hooks.add("average", Ema(0.8), params="kernel", when=NEVER)
+        hooks.add("swap", Swap("average"), params="kernel", when=fsh.at(3, 5))
+        return trained(hooks, form)[1]
+
+    assert_close(run("graph"), run("host"))
+
+
+# Lookahead
+
+
+@pytest.mark.parametrize("form", ["host", "graph"])
+def test_lookahead_is_the_algorithm_of_the_paper(form):
+    """The inner optimizer runs by itself between the fires; slots are never touched."""
+    with streams.enable_x64(True):
+        _, seen = trained(make_hooks(Lookahead(0.3), fsh.every(3)), form, jnp.float64)
+        slow = seen[0][0]["kernel"]
+        for at in range(1, STEPS + 1):
+            params, opt_state = bare(*seen[at - 1])
+            params = dict(params)
+            if at % 3 == 0:
+                slow = 0.7 * slow + 0.3 * np.asarray(params["kernel"])
+                wrong = 0.3 * slow + 0.7 * np.asarray(params["kernel"])
+                assert np.abs(seen[at][0]["kernel"] - wrong).max() > 1e-3
+                params["kernel"] = slow
+            for one, other in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves(seen[at]), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
+
+
+# Rewind
+
+
+@pytest.mark.parametrize("guard", ["finite", "off"])
+@pytest.mark.parametrize("form", ["host", "graph"])
+def test_a_rewind_puts_back_the_weights_of_its_step(form, guard):
+    _, seen = trained(make_hooks(Rewind(2), fsh.at(5), guard=guard), form)
+    assert_bitwise_equal(seen[5][0]["kernel"], seen[2][0]["kernel"])
+    for other in (0, 1, 3):
+        assert np.any(seen[5][0]["kernel"] != seen[other][0]["kernel"])
+    params, opt_state = bare(*seen[4])
+    assert_close((seen[5][0]["bias"], seen[5][1]), (params["bias"], opt_state))
+
+
+def test_a_rewind_to_step_0_goes_back_to_the_start_and_can_reset_slots():
+    state, seen = trained(make_hooks(Rewind(0), fsh.at(STEPS), opt_state="reset"))
+    assert_bitwise_equal(seen[STEPS][0]["kernel"], seen[0][0]["kernel"])
+    for moment in (state.opt_state[0].mu, state.opt_state[0].nu):
+        assert not np.any(moment["kernel"])
+        assert np.any(moment["bias"])
+
+
+def test_a_rewound_network_stays_pruned():
+    hooks = fsh.SurgeryHooks(seed=1)
+    hooks.add("prune", Prune(0.5), params="kernel", when=fsh.at(4))
+    hooks.add("rewind", Rewind(1), params="kernel", when=fsh.at(5))
+    state, seen = trained(hooks)
+    mask = np.asarray(state.surgery["memory"]["prune"]["kernel"])
+    assert mask.sum() == 6
+    assert_bitwise_equal(seen[5][0]["kernel"], seen[1][0]["kernel"])
+    assert np.array_equal(seen[6][0]["kernel"] != 0, mask)
+
+
+# Configs and mistakes
+
+
+def test_configs_name_them():
+    given = {"swap": {"hook": "ema"}, "lookahead": {"alpha": 0.3}, "rewind": {"to_step": 3}}
+    for name, fields in given.items():
+        [spec] = fsh.config.build({name: fsh.config.hook(name, **fields, params="kernel", at=(9,))})
+        assert spec.surgery == {"swap": Swap, "lookahead": Lookahead, "rewind": Rewind}[name](**fields)
+
+
+def swap_with(hook: str, params: str = "kernel") -> Any:
+    hooks = fsh.SurgeryHooks(seed=1)
+    hooks.add("ema", Ema(0.8), params="kernel", when=NEVER)
+    hooks.add("swap", Swap(hook), params=params, when=fsh.at(1))
+    return hooks(0, hooks.init(make_state()))
+
+
+MISTAKES = {
+    "hook": (lambda: Swap(Ema(0.9)), SurgeryFunctionError, ("the name of a hook", 'Swap("ema")')),
+    "unknown hook": (lambda: swap_with("emma"), StateError, ("no averages of a hook 'emma'", "'ema'")),
+    "itself": (lambda: swap_with("swap"), StateError, ("'swap' remembers is not averages",)),
+    "leaf": (lambda: swap_with("ema", "**"), StateError, ("does not average", "path 'bias'", "kernel")),
+    "alpha": (lambda: Lookahead(0.0), SurgeryFunctionError, ("above 0 and at most 1", "0.0")),
+    "to_step": (lambda: Rewind(-1), SurgeryFunctionError, ("Rewind(to_step=...)", "-1")),
+    "too early": (
+        lambda: make_hooks(Rewind(5), fsh.every(2)),
+        ScheduleError,
+        ("before the step that it goes back to", "due at 2", "to_step=5"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name):
+    make, kind, says = MISTAKES[name]
+    with pytest.raises(SurgeryError) as caught:
+        make()
+    assert type(caught.value) is kind
+    assert all(part in str(caught.value) for part in says), caught.value
