@@ -1,4 +1,4 @@
-"""Weights that are put in the place of the live ones: averages and back, slow ones, those of an earlier step."""
+"""Weights that are put in the place of the live ones: averages and back, slow, earlier ones, those of another run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from resumed import open_manager
 from tiny import assert_bitwise_equal
 
 import flax_surgery_hooks as fsh
-from flax_surgery_hooks.errors import ScheduleError, StateError, SurgeryError, SurgeryFunctionError
-from flax_surgery_hooks.surgeries import Ema, Lawa, Lookahead, Prune, Rewind, Swap
+from flax_surgery_hooks.errors import CheckpointError, ScheduleError, StateError, SurgeryError, SurgeryFunctionError
+from flax_surgery_hooks.surgeries import Ema, Graft, Lawa, Lookahead, Prune, Rewind, Swap
 from flax_surgery_hooks.testing import streams
 
 NEVER = fsh.at(1_000_000_000)
@@ -157,6 +159,45 @@ def test_a_rewound_network_stays_pruned():
     assert np.array_equal(seen[6][0]["kernel"] != 0, mask)
 
 
+# Graft
+
+OTHER = {"body": {"kernel": np.full((3, 4), 2.0, np.float32), "bias": np.full(4, 3.0, np.float32)}}
+
+
+@pytest.mark.parametrize("paths", [("^", "body/"), {"kernel": "body/kernel", "bias": "body/bias"}])
+def test_a_graft_takes_leaves_by_a_map_of_paths(paths):
+    state, _ = fsh.operate(make_state(jnp.bfloat16), Graft(OTHER, paths=paths), params="kernel")
+    assert_bitwise_equal(state.params, {**make_state(jnp.bfloat16).params, "kernel": jnp.full((3, 4), 2, jnp.bfloat16)})
+    state, _ = fsh.operate(make_state(), Graft(OTHER, paths=paths))
+    assert_bitwise_equal(state.params, OTHER["body"])
+
+
+def test_a_graft_has_no_history():
+    _, state = swapping(jnp.float32, Ema(0.5))
+    assert np.any(state.opt_state[0].mu["kernel"])
+    new, _ = fsh.operate(state, Graft({"kernel": OTHER["body"]["kernel"]}), params="kernel")
+    assert not np.any(new.opt_state[0].mu["kernel"])
+    assert_bitwise_equal(new.opt_state[0].mu["bias"], state.opt_state[0].mu["bias"])
+
+
+def test_a_graft_reads_a_checkpoint(tmp_path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "other", jax.tree.map(jnp.asarray, {"params": OTHER}))
+    for source in (tmp_path / "other", str(tmp_path / "other")):
+        state, record = fsh.operate(make_state(), Graft(source, paths=("^", "params/body/")))
+        assert_bitwise_equal(state.params, OTHER["body"])
+    assert "Graft" in record.surgery
+
+
+def test_a_graft_reads_what_hooks_saved(tmp_path):
+    hooks = make_hooks(Rewind(0), NEVER)
+    state = jax.jit(update)(hooks.init(make_state()))
+    with open_manager(str(tmp_path / "checkpoints")) as manager:
+        fsh.checkpoint.save(manager, 1, state, hooks)
+    graft = Graft(tmp_path / "checkpoints" / "1" / "state", paths=("^", "params/"))
+    assert_bitwise_equal(fsh.operate(make_state(), graft)[0].params, state.params)
+
+
 # Configs and mistakes
 
 
@@ -174,7 +215,19 @@ def swap_with(hook: str, params: str = "kernel") -> Any:
     return hooks(0, hooks.init(make_state()))
 
 
+def graft(source: Any, paths: Any = None) -> Any:
+    return lambda: fsh.operate(make_state(), Graft(source, paths=paths), params="kernel")
+
+
 MISTAKES = {
+    "no leaf": (graft(OTHER), SurgeryFunctionError, ("no 'kernel' among body/bias", "paths={'kernel': 'body/kernel'}")),
+    "no leaves": (graft({}), SurgeryFunctionError, ("no leaves at all",)),
+    "shape": (graft(OTHER, {"kernel": "body/bias"}), SurgeryFunctionError, ("body/bias of [4] for [3, 4]",)),
+    "map": (lambda: Graft(OTHER, paths=("a", 1)), SurgeryFunctionError, ("Found: ('a', 1)", '("^encoder/", "body/")')),
+    "map of one": (lambda: Graft(OTHER, paths="body"), SurgeryFunctionError, ("Found: 'body'",)),
+    "expression": (lambda: Graft(OTHER, paths=("(", "")), SurgeryFunctionError, ("no regular", "unterminated")),
+    "group": (lambda: Graft(OTHER, paths=("a", r"\1")), SurgeryFunctionError, ("invalid group",)),
+    "directory": (lambda: Graft("/nowhere"), CheckpointError, ("no directory", "/nowhere", "1000/state")),
     "hook": (lambda: Swap(Ema(0.9)), SurgeryFunctionError, ("the name of a hook", 'Swap("ema")')),
     "unknown hook": (lambda: swap_with("emma"), StateError, ("no averages of a hook 'emma'", "'ema'")),
     "itself": (lambda: swap_with("swap"), StateError, ("'swap' remembers is not averages",)),

@@ -3,6 +3,7 @@
 from flax_surgery_hooks.surgeries.averages import Ema as Ema
 from flax_surgery_hooks.surgeries.averages import Lawa as Lawa
 from flax_surgery_hooks.surgeries.averages import Swa as Swa
+from flax_surgery_hooks.surgeries.copies import Graft as Graft
 from flax_surgery_hooks.surgeries.copies import Lookahead as Lookahead
 from flax_surgery_hooks.surgeries.copies import Rewind as Rewind
 from flax_surgery_hooks.surgeries.copies import Swap as Swap
@@ -32,6 +33,7 @@ __all__ = [
     "Ema",
     "Factorize",
     "Freeze",
+    "Graft",
     "Lawa",
     "Lookahead",
     "MergeLora",

@@ -1,17 +1,20 @@
-"""Surgeries that put remembered weights into the live ones: swapped for an average, slow ones, earlier ones."""
+"""Surgeries that put other weights into the live ones: an average and back, slow ones, earlier ones, another run's."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_surgery_hooks.averages import averaged, averages_in
-from flax_surgery_hooks.errors import ScheduleError, StateError, SurgeryFunctionError, quoted
-from flax_surgery_hooks.paths import close_matches, listed
+from flax_surgery_hooks.errors import CheckpointError, ScheduleError, StateError, SurgeryFunctionError, quoted, shorten
+from flax_surgery_hooks.paths import close_matches, flatten, listed
 from flax_surgery_hooks.schedules import Schedule
 from flax_surgery_hooks.surgeries.averages import check_whole
 
@@ -178,3 +181,101 @@ class Rewind:
                 found=f"{when!r}, due at {first}, and to_step={self.to_step}",
                 write=f"a schedule that is first due at {self.to_step} or later",
             )
+
+
+@dataclass(frozen=True, eq=False)  # arrays neither hash nor compare, so each instance is equal to itself alone
+class Graft:
+    """Puts leaves of another run into the model. All their elements are fresh, as those of `Assign`.
+
+    Args:
+      source: a tree like the parameters, such as `other_state.params`, or the directory of an Orbax checkpoint (what
+        `StandardCheckpointer` saves; under a `CheckpointManager` the one of an item, ".../1000/state"), which is read
+        into the host's memory when the surgery is made.
+      paths: under which path of the source a leaf is found, where that is not its own: a dict from path to path in the
+        source, or a pair (regular expression, replacement) for `re.sub` on the path, such as `("^", "params/")`.
+
+    >>> import optax, flax_surgery_hooks as fsh
+    >>> params = {"encoder": {"kernel": jnp.zeros(2)}, "head": {"kernel": jnp.zeros(2)}}
+    >>> state = fsh.TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1))
+    >>> graft = Graft({"body": {"kernel": jnp.ones(2)}}, paths=("^encoder/", "body/"))
+    >>> state, _ = fsh.operate(state, graft, params="encoder/*")
+    >>> state.params["encoder"]["kernel"].tolist(), state.params["head"]["kernel"].tolist()
+    ([1.0, 1.0], [0.0, 0.0])
+    """
+
+    source: Any
+    paths: dict[str, str] | tuple[str, str] | None = None
+    preserves: ClassVar[str] = "nothing"
+
+    def __post_init__(self):
+        _check_map(self.paths)
+        tree = _restored(self.source) if isinstance(self.source, str | os.PathLike) else self.source
+        flat = flatten(tree)
+        object.__setattr__(self, "_held", dict(zip(flat.paths, flat.values, strict=True)))
+
+    def __call__(self, leaves: Arrays) -> dict[str, jax.Array]:
+        """The leaves of the source."""
+        return {path: self._found(path, leaf) for path, leaf in leaves.items()}
+
+    def _found(self, path: str, leaf: jax.Array) -> jax.Array:
+        held: Mapping[str, Any] = vars(self)["_held"]
+        name = self._name(path)
+        if name not in held:
+            raise SurgeryFunctionError(
+                "Graft(source=...) has no such leaf.",
+                path=path,
+                found=f"no {name!r} among {listed(held) or 'no leaves at all'}",
+                write=f"paths={{{path!r}: {(close_matches(name, held) or ['...'])[0]!r}}}",
+            )
+        if np.shape(held[name]) != leaf.shape:
+            raise SurgeryFunctionError(
+                "Graft(source=...) has a leaf of another shape.",
+                path=path,
+                found=f"{name} of {list(np.shape(held[name]))} for {list(leaf.shape)}",
+                write="params= that leaves it out, or the path of a leaf of this shape",
+            )
+        return jnp.asarray(held[name], leaf.dtype)
+
+    def _name(self, path: str) -> str:
+        if isinstance(self.paths, Mapping):
+            return self.paths.get(path, path)
+        return path if self.paths is None else re.sub(*self.paths, path)
+
+
+def _check_map(paths: Any) -> None:
+    pairs = list(paths.items()) if isinstance(paths, Mapping) else [paths] if isinstance(paths, tuple) else None
+    texts = pairs is not None and all(len(pair) == 2 and all(isinstance(one, str) for one in pair) for pair in pairs)
+    if paths is not None and not texts:
+        raise SurgeryFunctionError(
+            "Graft(paths=...) says under which paths of the source leaves are found.",
+            found=quoted(paths),
+            write='{"encoder/kernel": "body/kernel"}, or ("^encoder/", "body/")',
+        )
+    if isinstance(paths, tuple):
+        try:
+            re.sub(*paths, "")
+        except re.error as error:
+            raise SurgeryFunctionError(
+                "Graft(paths=...) is no regular expression with its replacement.",
+                found=f"{quoted(paths)}: {error}",
+                write='("^encoder/", "body/")',
+            ) from error
+
+
+def _restored(directory: str | os.PathLike[str]) -> Any:
+    """The tree of an Orbax checkpoint, as NumPy arrays: it may come from other devices than there are here."""
+    import orbax.checkpoint as ocp  # much to import, for those who have no checkpoint
+
+    name = os.fspath(directory)
+    place = name if "://" in name else os.path.abspath(name)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(place).item_metadata.tree
+            as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            return checkpointer.restore(place, restore_args=as_arrays)
+    except Exception as error:
+        raise CheckpointError(
+            "Graft(source=...) is no directory of an Orbax checkpoint that can be read.",
+            found=f"{name}: {shorten(error, 150)}",
+            write='the directory of one item, such as "/checkpoints/1000/state"',
+        ) from error
