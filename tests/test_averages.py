@@ -278,6 +278,31 @@ def test_averages_lie_as_their_leaves_do(placed):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_an_average_whose_leaf_changes_shape_starts_anew_and_the_others_go_on():
+    hooks = fsh.SurgeryHooks()
+    hooks.add("ema", Ema(0.5), params="**", when=NEVER)
+    twice = lambda kernel: jnp.concatenate([kernel, kernel], 1)  # noqa: E731
+    hooks.add("widen", twice, params="kernel", when=fsh.at(2), apply_fn=lambda params: params)
+    hooks.add("swa", Swa(begin=1), params="**", when=NEVER)
+    step = jax.jit(lambda state: hooks.observe(update(state)))
+    before = step(hooks(1, step(hooks.init(make_state()))))
+    after = hooks(2, before)
+    for name in ("ema", "swa"):
+        old, new = fsh.average_of(before, name), fsh.average_of(after, name)
+        np.testing.assert_array_equal(new["bias"], old["bias"])
+        np.testing.assert_array_equal(new["kernel"], after.params["kernel"])
+    assert np.any(fsh.average_of(before, "ema")["kernel"] != before.params["kernel"])
+    assert fsh.average_of(step(after), "swa")["kernel"].shape == (3, 8)
+
+
+def test_an_average_after_the_hook_that_masks_sees_what_is_masked():
+    hooks = fsh.SurgeryHooks()
+    hooks.add("prune", Prune(0.5), params="kernel", when=fsh.at(1))
+    hooks.add("lawa", Lawa(k=2, interval=1), params="kernel", when=NEVER)
+    state, _ = trained(hooks, hooks.init(make_state()), steps=4)
+    assert np.sum(np.asarray(fsh.average_of(state, "lawa")["kernel"]) != 0) == 6
+
+
 # Configs and mistakes
 
 

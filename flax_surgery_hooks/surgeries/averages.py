@@ -6,7 +6,8 @@ optimizer state alone; its figure `params/relative_change` is the distance betwe
 weights. A hook that is only there to be evaluated gets a schedule that never comes due, `when=fsh.at(1_000_000_000)`.
 
 Averages are of float32, also for parameters of fewer bits: one of bfloat16 would stand still where 1 - decay is less
-than its precision. They do not follow edits of other hooks; an average whose leaf changes shape is made anew.
+than its precision. They do not follow edits of other hooks; an average whose leaf changes shape is made anew. Hooks are
+observed in the order in which they fire: add an average after the hook that masks its leaves.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class _Averaging:
 class Ema(_Averaging):
     """Keeps an exponential moving average of the weights: `average += (1 - decay) * (leaf - average)` at every step.
 
-    It starts from the weights at `hooks.init`, so that no bias has to be taken out. See the module for how averages
-    are kept, read and put in place.
+    It starts from the weights at `hooks.init`, so that no bias has to be taken out. `hooks.observe(state)` in the train
+    step keeps it, in float32 in the train state; `fsh.average_of(state, hook)` gives parameters with it in place. A
+    fire puts it into the live weights and leaves optimizer slots alone.
 
     Args:
       decay: how much of the average stays at each step, above 0 and below 1.
@@ -96,9 +98,10 @@ class Ema(_Averaging):
 class Swa(_Averaging):
     """Keeps the mean of the weights, all of equal weight, from a step on: stochastic weight averaging.
 
-    A snapshot is taken at `begin`, then every `interval` steps: `average += (leaf - average) / (snapshots + 1)`. See
-    the module for how averages are kept, read and put in place. Batch statistics of the averaged model have to be
-    computed anew.
+    `hooks.observe(state)` in the train step takes a snapshot at `begin`, then every `interval` steps: `average += (leaf
+    - average) / (snapshots + 1)`, in float32 in the train state. `fsh.average_of(state, hook)` gives parameters with it
+    in place; a fire puts it into the live weights and leaves optimizer slots alone. Before the first snapshot it is the
+    weights themselves. Batch statistics of the averaged model have to be computed anew.
 
     Args:
       begin: the first step (what `state.step` holds) whose weights count; in the paper three quarters of the run.
@@ -138,9 +141,11 @@ class Swa(_Averaging):
 class Lawa(_Averaging):
     """Keeps the latest snapshots of the weights, whose mean is the average: latest weight averaging.
 
-    A snapshot is taken at the steps that `interval` divides, but for step 0; it takes the place of the oldest. Until
-    there are `k`, the average is the mean of those there are. The train state grows by `k` times the leaves, all of
-    which each step of the run reads. See the module for how averages are read and put in place.
+    `hooks.observe(state)` in the train step takes a snapshot at the steps that `interval` divides, but for step 0, in
+    the place of the oldest. Until there are `k`, the average is the mean of those there are, before the first one the
+    weights themselves. `fsh.average_of(state, hook)` gives parameters with it in place; a fire puts it into the live
+    weights and leaves optimizer slots alone. The train state grows by `k` times the leaves, in float32, and every step
+    passes over them.
 
     Args:
       k: how many snapshots.

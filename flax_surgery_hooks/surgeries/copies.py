@@ -252,8 +252,9 @@ def _check_map(paths: Any) -> None:
             write='{"encoder/kernel": "body/kernel"}, or ("^encoder/", "body/")',
         )
     if isinstance(paths, tuple):
+        pattern, replacement = paths
         try:
-            re.sub(*paths, "")
+            re.sub(pattern, replacement, "")
         except re.error as error:
             raise SurgeryFunctionError(
                 "Graft(paths=...) is no regular expression with its replacement.",
