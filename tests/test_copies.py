@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from resumed import open_manager
+from jax.sharding import NamedSharding, PartitionSpec
+from resumed import mesh_of, open_manager
 from tiny import assert_bitwise_equal
 
 import flax_surgery_hooks as fsh
@@ -105,6 +106,22 @@ def test_a_swap_can_be_fired_in_graph():
     assert_close(run("graph"), run("host"))
 
 
+def test_live_weights_lie_as_their_own_leaf_does_not_as_another_of_its_shape():
+    mesh = mesh_of("auto")
+    places = {
+        name: NamedSharding(mesh, PartitionSpec(*axes)) for name, axes in (("a", ("data",)), ("b", (None, "data")))
+    }
+    params = {name: jax.device_put(jnp.ones((8, 8)), place) for name, place in places.items()}
+    hooks = fsh.SurgeryHooks()
+    hooks.add("average", Ema(0.8), params="**", when=NEVER)
+    hooks.add("swap", Swap("average"), params="**", when=NEVER)
+    hooks.add("prune", Prune(0.5), params="**", when=NEVER)
+    memory = hooks.init(fsh.TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1))).surgery["memory"]
+    for name, place in places.items():
+        for kept in (memory["average"][name]["average"], memory["swap"]["live"][name], memory["prune"][name]):
+            assert kept.sharding.is_equivalent_to(place, 2)
+
+
 # Lookahead
 
 
@@ -196,6 +213,14 @@ def test_a_graft_reads_what_hooks_saved(tmp_path):
         fsh.checkpoint.save(manager, 1, state, hooks)
     graft = Graft(tmp_path / "checkpoints" / "1" / "state", paths=("^", "params/"))
     assert_bitwise_equal(fsh.operate(make_state(), graft)[0].params, state.params)
+
+
+def test_a_graft_survives_the_donation_of_its_source():
+    state = make_state()
+    first, graft = np.array(state.params["kernel"]), Graft(state.params)
+    state = jax.jit(update, donate_argnums=0)(state)
+    assert np.any(state.params["kernel"] != first)
+    assert_bitwise_equal(fsh.operate(state, graft, params="kernel")[0].params["kernel"], first)
 
 
 # Configs and mistakes
