@@ -189,7 +189,7 @@ class Graft:
 
     Args:
       source: a tree like the parameters, such as `other_state.params`, or the directory of an Orbax checkpoint (what
-        `StandardCheckpointer` saves; under a `CheckpointManager` the one of an item, ".../1000/state"), which is read
+        `StandardCheckpointer` saves; under a `CheckpointManager` the one of an item, ".../1000/state"). It is copied
         into the host's memory when the surgery is made.
       paths: under which path of the source a leaf is found, where that is not its own: a dict from path to path in the
         source, or a pair (regular expression, replacement) for `re.sub` on the path, such as `("^", "params/")`.
@@ -211,7 +211,7 @@ class Graft:
         _check_map(self.paths)
         tree = _restored(self.source) if isinstance(self.source, str | os.PathLike) else self.source
         flat = flatten(tree)
-        object.__setattr__(self, "_held", dict(zip(flat.paths, flat.values, strict=True)))
+        object.__setattr__(self, "_held", dict(zip(flat.paths, map(_on_host, flat.values), strict=True)))
 
     def __call__(self, leaves: Arrays) -> dict[str, jax.Array]:
         """The leaves of the source."""
@@ -240,6 +240,13 @@ class Graft:
         if isinstance(self.paths, Mapping):
             return self.paths.get(path, path)
         return path if self.paths is None else re.sub(*self.paths, path)
+
+
+def _on_host(leaf: Any) -> Any:
+    """A copy that a train step which donates the source cannot take; traced leaves, and parts of one, as they are."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.is_fully_addressable:
+        return leaf
+    return np.array(leaf)
 
 
 def _check_map(paths: Any) -> None:
