@@ -92,8 +92,7 @@ class Lookahead:
 
     The optimizer trains the fast weights, which are the live ones, for as many steps as lie between two fires (in the
     paper 5 to 20, `when=fsh.every(5)`). The slow ones lie in the train state and start from the weights at
-    `hooks.init`. Optimizer slots go on as they are, as in the paper's main experiments; `opt_state="reset"` is its
-    variant that forgets them.
+    `hooks.init`. Optimizer slots go on as they are; `opt_state="reset"` forgets them. The paper has both.
 
     Args:
       alpha: how far the slow weights move, above 0, at most 1.
