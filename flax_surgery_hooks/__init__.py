@@ -12,6 +12,7 @@ from flax_surgery_hooks import surgeries as surgeries
 from flax_surgery_hooks import units as units
 from flax_surgery_hooks.adapters import bind as bind
 from flax_surgery_hooks.adapters import bind_nnx as bind_nnx
+from flax_surgery_hooks.averages import average_of as average_of
 from flax_surgery_hooks.collectives import Collective as Collective
 from flax_surgery_hooks.collectives import collectives as collectives
 from flax_surgery_hooks.count_schedules import at_count as at_count

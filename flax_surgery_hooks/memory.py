@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey
 
 from flax_surgery_hooks import calling
 from flax_surgery_hooks.checks import concrete
@@ -120,7 +121,7 @@ def _made(operation: Operation, leaves: dict[str, Any], key: Any, kept: Any, ane
     if not concrete(leaves):
         return init(wide, key)
     arrays = list(leaves.values())
-    near = [_neighbour(arrays, shape) for shape in jax.tree.leaves(shapes)]
+    near = _neighbours(leaves, shapes)
     places = [
         auto_axes(beside(arrays)) if old is None else out_sharding(old, shape.shape)
         for old, shape in zip(near, jax.tree.leaves(shapes), strict=True)
@@ -134,9 +135,14 @@ def _made(operation: Operation, leaves: dict[str, Any], key: Any, kept: Any, ane
     return jax.tree.unflatten(jax.tree.structure(shapes), values)
 
 
-def _neighbour(leaves: Sequence[Any], shape: Any) -> Any:
-    """A leaf of this shape, whose sharding a memory of it takes."""
-    return next((leaf for leaf in leaves if jnp.shape(leaf) == shape.shape and shape.shape), None)
+def _neighbours(leaves: Mapping[str, Any], shapes: Any) -> list[Any]:
+    """For each array of a memory a leaf of its shape, whose sharding it takes: that of its own path first; or None."""
+    found = []
+    for keys, shape in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+        own = [leaves[key.key] for key in keys if isinstance(key, DictKey) and key.key in leaves]
+        like = (leaf for leaf in (*own, *leaves.values()) if jnp.shape(leaf) == shape.shape)
+        found.append(next(like, None) if shape.shape else None)
+    return found
 
 
 def _wide(leaf: Any) -> Any:

@@ -106,7 +106,7 @@ def with_own(rows: jax.Array, figures: Sequence[jax.Array]) -> jax.Array:
 def noted(buffer: Any, step: Any, rows: Any) -> Any:
     """The buffer with one more fire, in the place of the oldest."""
     at = buffer["count"] % buffer["steps"].shape[0]
-    kept = buffer["rows"] if rows is None else buffer["rows"].at[at].set(rows)
+    kept = buffer["rows"] if rows is None else buffer["rows"].at[at].set(rows.astype(buffer["rows"].dtype))
     return {"count": buffer["count"] + 1, "steps": buffer["steps"].at[at].set(step), "rows": kept}
 
 

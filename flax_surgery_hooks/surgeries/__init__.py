@@ -1,5 +1,12 @@
 """The catalogue: ready surgeries, each a small frozen dataclass that uses the public protocol alone."""
 
+from flax_surgery_hooks.surgeries.averages import Ema as Ema
+from flax_surgery_hooks.surgeries.averages import Lawa as Lawa
+from flax_surgery_hooks.surgeries.averages import Swa as Swa
+from flax_surgery_hooks.surgeries.copies import Graft as Graft
+from flax_surgery_hooks.surgeries.copies import Lookahead as Lookahead
+from flax_surgery_hooks.surgeries.copies import Rewind as Rewind
+from flax_surgery_hooks.surgeries.copies import Swap as Swap
 from flax_surgery_hooks.surgeries.low_rank import Factorize as Factorize
 from flax_surgery_hooks.surgeries.low_rank import MergeLora as MergeLora
 from flax_surgery_hooks.surgeries.low_rank import ReLoRA as ReLoRA
@@ -27,8 +34,12 @@ __all__ = [
     "Assign",
     "ClipNorm",
     "ContinualBackprop",
+    "Ema",
     "Factorize",
     "Freeze",
+    "Graft",
+    "Lawa",
+    "Lookahead",
     "MergeLora",
     "Noise",
     "Normalize",
@@ -38,10 +49,13 @@ __all__ = [
     "Reinit",
     "ResetMoments",
     "Rewarm",
+    "Rewind",
     "RigL",
     "Scale",
     "SetHyperparams",
     "ShrinkAndPerturb",
+    "Swa",
+    "Swap",
     "SwitchOptimizer",
     "Thaw",
 ]

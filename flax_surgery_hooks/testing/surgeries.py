@@ -140,6 +140,7 @@ def _anew(values: Callable[[], Any]) -> Callable[[np.ndarray], dict[str, Any]]:
 
 
 _VALUES = 0.1 * np.arange(1.0, 5.0)
+_OTHERS = 0.1 * np.cos(np.arange(12.0)).reshape(SMALL)
 _initial = jax.nn.initializers.normal(0.1)
 
 
@@ -230,6 +231,12 @@ _TABLE = (
     SurgeryRow("Noise", surgeries.Noise(0.1), _noise(0.1, relative=True)),
     SurgeryRow("Noise_absolute", surgeries.Noise(0.1, relative=False), _noise(0.1, relative=False)),
     SurgeryRow("Assign", surgeries.Assign(_VALUES), _anew(lambda: _VALUES), "reinitialise"),
+    SurgeryRow(
+        "Graft",
+        surgeries.Graft({"body": {"kernel": _OTHERS}}, paths=("^", "body/")),
+        _anew(lambda: _OTHERS),
+        "reinitialise",
+    ),
     SurgeryRow(
         "Reinit",
         surgeries.Reinit(initializer=_initial),
