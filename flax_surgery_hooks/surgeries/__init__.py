@@ -10,6 +10,7 @@ from flax_surgery_hooks.surgeries.optimizer_state import SetHyperparams as SetHy
 from flax_surgery_hooks.surgeries.optimizer_state import SwitchOptimizer as SwitchOptimizer
 from flax_surgery_hooks.surgeries.optimizer_state import Thaw as Thaw
 from flax_surgery_hooks.surgeries.pruning import Prune as Prune
+from flax_surgery_hooks.surgeries.qk_clip import QKClip as QKClip
 from flax_surgery_hooks.surgeries.sparse_training import SET as SET
 from flax_surgery_hooks.surgeries.sparse_training import RigL as RigL
 from flax_surgery_hooks.surgeries.values import Assign as Assign
@@ -24,6 +25,7 @@ __all__ = [
     "Noise",
     "Normalize",
     "Prune",
+    "QKClip",
     "Reinit",
     "ResetMoments",
     "Rewarm",
