@@ -1,5 +1,6 @@
 """The catalogue: ready surgeries, each a small frozen dataclass that uses the public protocol alone."""
 
+from flax_surgery_hooks.surgeries.balance import Balance as Balance
 from flax_surgery_hooks.surgeries.norms import ClipNorm as ClipNorm
 from flax_surgery_hooks.surgeries.norms import Normalize as Normalize
 from flax_surgery_hooks.surgeries.norms import Scale as Scale
@@ -20,6 +21,7 @@ from flax_surgery_hooks.surgeries.values import Reinit as Reinit
 __all__ = [
     "SET",
     "Assign",
+    "Balance",
     "ClipNorm",
     "Freeze",
     "Noise",
