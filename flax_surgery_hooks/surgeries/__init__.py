@@ -1,6 +1,8 @@
 """The catalogue: ready surgeries, each a small frozen dataclass that uses the public protocol alone."""
 
 from flax_surgery_hooks.surgeries.balance import Balance as Balance
+from flax_surgery_hooks.surgeries.low_rank import MergeLora as MergeLora
+from flax_surgery_hooks.surgeries.low_rank import ReLoRA as ReLoRA
 from flax_surgery_hooks.surgeries.norms import ClipNorm as ClipNorm
 from flax_surgery_hooks.surgeries.norms import Normalize as Normalize
 from flax_surgery_hooks.surgeries.norms import Scale as Scale
@@ -24,10 +26,12 @@ __all__ = [
     "Balance",
     "ClipNorm",
     "Freeze",
+    "MergeLora",
     "Noise",
     "Normalize",
     "Prune",
     "QKClip",
+    "ReLoRA",
     "Reinit",
     "ResetMoments",
     "Rewarm",
