@@ -105,6 +105,28 @@ def complaints(row: SurgeryRow, rows: tuple[OptimizerRow, ...], rule: str) -> It
             yield from (f"{each}: {name}: {one.field} {one.says}" for one in found)
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """A surgery of several leaves, as an edit of one of them beside others that stay what they are.
+
+    Attributes:
+      surgery: the surgery; it takes the dict of leaves.
+      path: under which it gets the leaf that is edited.
+      others: path -> the other leaves, NumPy arrays.
+      inputs: makes the further arguments of the surgery.
+    """
+
+    surgery: Any
+    path: str
+    others: Mapping[str, np.ndarray]
+    inputs: Callable[[], Mapping[str, Any]] = dict
+
+    def __call__(self, leaf: jax.Array) -> jax.Array:
+        """The edited leaf."""
+        others = {path: jnp.asarray(other, leaf.dtype) for path, other in self.others.items()}
+        return self.surgery({self.path: leaf, **others}, **self.inputs())[self.path]
+
+
 # The catalogue
 
 
@@ -140,6 +162,7 @@ def _anew(values: Callable[[], Any]) -> Callable[[np.ndarray], dict[str, Any]]:
 
 
 _VALUES = 0.1 * np.arange(1.0, 5.0)
+_FIRST = 0.1 * np.arange(1.0, 13.0).reshape(SMALL)
 _initial = jax.nn.initializers.normal(0.1)
 
 
@@ -177,6 +200,7 @@ def _uniform(key: jax.Array) -> np.ndarray:
 
 
 _GRADIENT = np.sin(np.arange(1.0, 13.0)).reshape(SMALL)
+_OUT, _UP, _DOWN = (np.cos(np.arange(1.0, 1 + size)) for size in (8, 6, 8))
 _TABLE = (
     SurgeryRow("Scale", surgeries.Scale(-0.5), _scaling(lambda kernel: -0.5)),
     SurgeryRow("Normalize", surgeries.Normalize(), _scaling(lambda kernel: 1 / np.linalg.norm(kernel))),
@@ -195,6 +219,45 @@ _TABLE = (
         _scaling(lambda kernel: np.minimum(1.0, 1.3 / _norms(kernel))),
         "scale_rows",
         idempotent=True,
+    ),
+    SurgeryRow(
+        "ClipNorm_spectral",
+        surgeries.ClipNorm(1.2, norm="spectral", iterations=1000),
+        _scaling(lambda kernel: min(1.0, 1.2 / np.linalg.norm(kernel, 2))),
+        idempotent=True,
+    ),
+    SurgeryRow(
+        "Balance",
+        Beside(surgeries.Balance("in", "out"), "in/kernel", {"out/kernel": _OUT.reshape(4, 2)}),
+        _scaling(lambda kernel: np.sqrt(np.linalg.norm(_OUT.reshape(4, 2), axis=1) / _norms(kernel))),
+        "scale_rows",
+    ),
+    SurgeryRow(
+        "QKClip",
+        Beside(
+            surgeries.QKClip(tau=100.0, alpha=0.25, head_features=2),
+            "query/kernel",
+            {"key/kernel": np.ones((3, 4))},
+            lambda: {"max_logits": np.array([400.0, 50.0]), "qk_norms": {}},
+        ),
+        _scaling(lambda kernel: np.array([0.25**0.25, 0.25**0.25, 1.0, 1.0])),
+        "scale_rows",
+    ),
+    SurgeryRow(
+        "MergeLora",
+        Beside(surgeries.MergeLora(0.5), "kernel", {"lora_a": _UP.reshape(3, 2), "lora_b": _DOWN.reshape(2, 4)}),
+        lambda kernel: {"offset": 0.5 * _UP.reshape(3, 2) @ _DOWN.reshape(2, 4), "wrong_share": 2.0},
+    ),
+    SurgeryRow(
+        "ReLoRA",
+        Beside(
+            surgeries.ReLoRA(reset=1.0, initializer=lambda key, shape, dtype: jnp.asarray(_FIRST, dtype)),
+            "lora_a",
+            {"kernel": np.ones((3, 2)), "lora_b": _DOWN.reshape(4, 2)},
+            lambda: {"key": jax.random.key(0)},
+        ),
+        _anew(lambda: _FIRST),
+        "reinitialise",
     ),
     SurgeryRow("Noise", surgeries.Noise(0.1), _noise(0.1, relative=True)),
     SurgeryRow("Noise_absolute", surgeries.Noise(0.1, relative=False), _noise(0.1, relative=False)),
