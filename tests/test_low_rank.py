@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from raised import Case
 from tiny import MOMENTUM, assert_bitwise_equal, make_hooks, make_state
@@ -118,6 +119,32 @@ def test_kernels_with_an_axis_for_heads():
     a, b = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((6, 2), (2, 4, 3)))
     after, _ = fsh.operate(make_state(0, kernel=jnp.ones((6, 4, 3)), lora_a=a, lora_b=b), MergeLora())
     np.testing.assert_allclose(after.params["kernel"], 1 + np.einsum("ir,rhf->ihf", a, b), rtol=1e-5)
+
+
+def test_the_adapter_of_nnx():
+    net = nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(net, nnx.Param))
+    params["lora"]["lora_b"] = jnp.asarray(RNG.normal(size=(2, 5)), jnp.float32)
+    nnx.update(net, params)
+    surgery = MergeLora(a="lora/lora_a", b="lora/lora_b")
+    after, _ = fsh.operate(make_state(0, **params), surgery, params=["kernel", "lora/*"])
+    x = X.astype(np.float32)
+    before = net(x)
+    nnx.update(net, after.params)
+    np.testing.assert_allclose(net(x), before, rtol=1e-5, atol=1e-5)
+    assert not np.asarray(after.params["lora"]["lora_b"]).any()
+
+
+def test_a_frozen_kernel_without_slots():
+    labels = {"d": {"kernel": "frozen", "lora_a": "lora", "lora_b": "lora"}}
+    tx = optax.multi_transform({"lora": optax.sgd(0.1, momentum=0.9), "frozen": optax.set_to_zero()}, labels)
+    state = make_state(0, tx, d=jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), adapted()))
+    state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
+    after, _ = fsh.operate(state, MergeLora(S))
+    np.testing.assert_allclose(after.params["d"]["kernel"], merged(state.params["d"])["kernel"], rtol=1e-5, atol=1e-6)
+    (a, b) = sorted(leaf.shape for leaf in jax.tree.leaves(after.opt_state))
+    assert (a, b) == ((2, 5), (6, 2))
+    assert sorted(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(after.opt_state)) == [0, 1]
 
 
 def test_bfloat16_is_rounded_once():

@@ -156,11 +156,17 @@ def test_mla_scales_content_by_shares_and_the_rotary_query_by_gamma(x64, own):
     np.testing.assert_array_equal(new["k_rope"], state.params["k_rope"])
 
 
-def test_kernels_without_an_axis_for_heads():
-    params = {"a": {"query": {"kernel": np.ones((3, 8)), "bias": np.ones(8)}, "key": {"kernel": np.ones((3, 4))}}}
-    _, after, _ = clipped(params, QKClip(1.0, 0.0, head_features=4), np.array([4.0, 2.0]))
-    assert after.params["a"]["query"]["bias"].tolist() == [0.5] * 4 + [1.0] * 4
-    np.testing.assert_array_equal(after.params["a"]["key"]["kernel"], np.full((3, 4), 0.5))
+@pytest.mark.parametrize("key_heads", [2, 1])
+def test_kernels_without_an_axis_for_heads_do_as_those_with_one(key_heads):
+    """Heads of queries and keys have as many features as they have: in MLA values lie behind the keys."""
+    query, key = RNG.normal(size=(WIDTH, 2, 5)), RNG.normal(size=(WIDTH, key_heads, 7))
+    bias = RNG.normal(size=(2, 5))
+    wide = {"a": {"query": {"kernel": query, "bias": bias}, "key": {"kernel": key}}}
+    flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-2], -1), wide)
+    surgery = functools.partial(QKClip, 1.0, 0.3, content=3)
+    expected = clipped(wide, surgery(), np.array([4.0, 2.0]))[1].params
+    after = clipped(flat, surgery(heads=2, key_heads=key_heads), np.array([4.0, 2.0]))[1].params
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.reshape(x.shape)), after, expected)
 
 
 LAYERS, HEADS = 3, 2
@@ -246,7 +252,7 @@ GOOD = {"query": {"kernel": KERNEL}, "key": {"kernel": KERNEL}}
 CASES = {
     "tau": Case(lambda: QKClip(0), e.SurgeryFunctionError, ("QKClip(tau=...) must be", "Found: 0")),
     "alpha": Case(lambda: QKClip(alpha=2), e.SurgeryFunctionError, ("from 0 to 1", "Found: 2")),
-    "features": Case(lambda: QKClip(head_features=0), e.SurgeryFunctionError, ("QKClip(head_features=...)",)),
+    "features": Case(lambda: QKClip(heads=0), e.SurgeryFunctionError, ("QKClip(heads=...)",)),
     "norm": Case(on({"a": {**GOOD, "query_ln": {"scale": jnp.ones(3)}}}, where=["**/query/*", "**/key/*"]),
                  e.SurgeryFunctionError, ("would undo QKClip", "a/query_ln/scale"), {"path": "a/query_ln/scale"}),
     "stranger": Case(on({"a": {**GOOD, "value": {"kernel": KERNEL}}}), e.SurgeryFunctionError,
@@ -255,6 +261,8 @@ CASES = {
                   ("has no 'key' to go with", "only query"), {"path": "a"}),
     "heads": Case(on({"a": {**GOOD, "key": {"kernel": jnp.ones((2, 3, 3))}}}), e.SurgeryFunctionError,
                   ("no heads that fit", "[2, 4, 3], [2, 3, 3]"), {"path": "a"}),
+    "flat_heads": Case(on({"a": GOOD}, QKClip(heads=2)), e.SurgeryFunctionError, ("no heads that fit", "heads=2"),
+                       {"path": "a"}),
     "logits": Case(on({"a": GOOD}, given={"a": jnp.ones(3), "b": jnp.ones(2)}), e.InputError,
                    ("one array for 4 heads below 'a'", "a [3], b [2]", "{'a': logits} of shape [4]"), {"path": "a"}),
     "one_array_for_two": Case(on({"a": GOOD, "b": GOOD}, given=jnp.ones(4)), e.InputError, ("array [4]",),

@@ -59,7 +59,8 @@ def grouped(surgery: str, paths: Iterable[str], names: Iterable[str]) -> dict[st
     >>> grouped("Twice", ["a/up/kernel", "a/down/kernel"], ["up", "down"])
     {'a': {'up': {'kernel': 'a/up/kernel'}, 'down': {'kernel': 'a/down/kernel'}}}
     """
-    names, found = tuple(names), {}
+    names = tuple(names)
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for path in paths:
         parts = {name: part for name in names if (part := part_of(path, name)) is not None}
         if not parts:

@@ -51,8 +51,9 @@ class QKClip:
       alpha: the part of the query, in [0, 1].
       query: name of the query projection in the paths.
       key: name of the key projection, of the same parent.
-      head_features: None for kernels with an axis for heads; else the features of a head, of kernels [..., heads *
+      heads: None for kernels with an axis for heads; else the number of query heads of kernels [..., heads *
         features].
+      key_heads: likewise that of key heads, if they are fewer.
       content: MLA: how many features of a head, the first ones, have no rotary position. The query's others are
         multiplied by gamma, as the rotary key that all heads share is not touched; of the key only the first are
         scaled, as its others may be values.
@@ -73,7 +74,8 @@ class QKClip:
     alpha: float = 0.5
     query: str = "query"
     key: str = "key"
-    head_features: int | None = None
+    heads: int | None = None
+    key_heads: int | None = None
     content: int | None = None
     query_rope: str | None = None
     max_logits: Callable[..., Any] | None = None
@@ -89,11 +91,11 @@ class QKClip:
             raise SurgeryFunctionError(
                 "QKClip(alpha=...) must be a number from 0 to 1.", found=quoted(self.alpha), write="alpha=0.5"
             )
-        for field in ("head_features", "content"):
+        for field in ("heads", "key_heads", "content"):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise SurgeryFunctionError(
-                    f"QKClip({field}=...) must be a positive int, or None.", found=quoted(value), write=f"{field}=64"
+                    f"QKClip({field}=...) must be a positive int, or None.", found=quoted(value), write=f"{field}=8"
                 )
 
     @property
@@ -124,31 +126,24 @@ class QKClip:
 
     def _attentions(self, leaves: Arrays, max_logits: Any) -> dict[str, _Attention]:
         """The selected attentions by the path of their parents."""
-        names = (self.query, self.key)
-        names += () if self.query_rope is None else (self.query_rope,)
+        names = (self.query, self.key, *(() if self.query_rope is None else (self.query_rope,)))
         groups = grouped("QKClip", leaves, names)
         found = {}
         for group, parts in groups.items():
             whole("QKClip", group, parts, names)
-            query, key, *_ = (self._heads(leaves, parts[name]) for name in names)
+            query = _heads(leaves, parts[self.query], self.heads)
+            key = _heads(leaves, parts[self.key], self.key_heads or self.heads)
             if not query or not key or query % key:
-                shapes = [list(leaves[path].shape) for name in names for path in parts[name].values()]
+                shapes = [str(list(leaves[path].shape)) for name in names for path in parts[name].values()]
                 raise SurgeryFunctionError(
                     "The kernels of queries and keys have no heads that fit each other.",
                     path=group or None,
-                    found=f"shapes {listed(shapes)}, head_features={self.head_features}",
-                    write="kernels [inputs, heads, features], or head_features= for [inputs, heads * features]",
+                    found=f"shapes {listed(shapes)}, heads={self.heads}",
+                    write="kernels [inputs, heads, features], or heads= for those of [inputs, heads * features]",
                 )
             paths = tuple(tuple(parts[name].values()) for name in names)
             found[group] = _Attention(paths, key, _logits_of(max_logits, group, query, alone=len(groups) == 1))
         return found
-
-    def _heads(self, leaves: Arrays, parts: Mapping[str, str]) -> int:
-        """How many heads the kernel has, 0 if it has none or is not selected."""
-        shape = leaves[parts["kernel"]].shape if "kernel" in parts else ()
-        if self.head_features is None:
-            return shape[-2] if len(shape) > 2 else 0
-        return 0 if len(shape) < 2 or shape[-1] % self.head_features else shape[-1] // self.head_features
 
     def _gamma(self, logits: jax.Array) -> jax.Array:
         over = jnp.isfinite(logits) & (logits > self.tau * (1 + _SLACK))
@@ -166,8 +161,8 @@ class QKClip:
     def _scaled(self, path: str, leaf: jax.Array, content: jax.Array, rest: jax.Array) -> jax.Array:
         """The leaf, [*layers, ..., heads, features], times factors [*layers, heads]."""
         *layers, heads = content.shape
-        features = self.head_features or leaf.shape[-1]
-        tail = (heads, features) if self.head_features is None else (heads * features,)
+        features = leaf.shape[-1] if self.heads is None else leaf.shape[-1] // heads
+        tail = (heads, features) if self.heads is None else (heads * features,)
         between = leaf.ndim - len(layers) - len(tail)
         if between < 0 or leaf.shape != (*layers, *leaf.shape[len(layers) : len(layers) + between], *tail):
             raise SurgeryFunctionError(
@@ -193,6 +188,14 @@ class _Attention(NamedTuple):
     paths: tuple[tuple[str, ...], ...]
     key_heads: int
     logits: jax.Array
+
+
+def _heads(leaves: Arrays, parts: Mapping[str, str], given: int | None) -> int:
+    """How many heads the kernel has, 0 if it has none, not as many as are given, or is not selected."""
+    shape = leaves[parts["kernel"]].shape if "kernel" in parts else ()
+    if given is None:
+        return shape[-2] if len(shape) > 2 else 0
+    return 0 if len(shape) < 2 or shape[-1] % given else given
 
 
 _NORM = re.compile(

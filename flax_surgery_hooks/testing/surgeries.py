@@ -235,7 +235,7 @@ _TABLE = (
     SurgeryRow(
         "QKClip",
         Beside(
-            surgeries.QKClip(tau=100.0, alpha=0.25, head_features=2),
+            surgeries.QKClip(tau=100.0, alpha=0.25, heads=2),
             "query/kernel",
             {"key/kernel": np.ones((3, 4))},
             lambda: {"max_logits": np.array([400.0, 50.0]), "qk_norms": {}},
