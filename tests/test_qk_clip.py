@@ -64,8 +64,7 @@ def x64():
         yield
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.2, 0.0, 1.0])
-@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize(("alpha", "key_heads"), [(0.5, 4), (0.2, 4), (0.2, 2), (0.5, 1), (0.0, 2), (1.0, 2)])
 def test_clipped_heads_come_to_tau_and_the_others_keep_their_logits(x64, alpha, key_heads):
     params = {"attention": attention(key_heads=key_heads)}
     before = largest(params["attention"])

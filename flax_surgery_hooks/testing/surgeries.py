@@ -222,7 +222,7 @@ _TABLE = (
     ),
     SurgeryRow(
         "ClipNorm_spectral",
-        surgeries.ClipNorm(1.2, norm="spectral", iterations=1000),
+        surgeries.ClipNorm(1.2, norm="spectral"),
         _scaling(lambda kernel: min(1.0, 1.2 / np.linalg.norm(kernel, 2))),
         idempotent=True,
     ),
