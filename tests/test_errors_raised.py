@@ -29,15 +29,16 @@ from flax_surgery_hooks import errors as e
 from flax_surgery_hooks import slot_registry, slots
 from flax_surgery_hooks.surgeries import Assign, ClipNorm, Noise, Normalize, Reinit, ResetMoments, Scale, SetHyperparams
 
-ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapters", "agreement", "averages",
+ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapters", "agreement", "averages", "balance",
              "captured", "checkpoint", "cli", "config", "config_export", "config_fields", "config_hook",
              "config_reading", "config_registry", "config_writing", "copies", "count_schedules", "derived_schedules",
              "distributions", "errors", "failing", "fingerprint", "freezable", "globs", "groups", "guards", "in_graph",
              "keeping", "kept_leaves", "layer_index", "layer_slots", "ledger_files", "ledger_lines", "low_rank",
-             "metric_schedules", "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "paths", "placement",
-             "plasticity", "processes", "ramps", "resuming", "rewarm", "rollback", "room", "schedules", "selection",
-             "slot_edits", "slot_gain", "straight_through", "structures", "switching", "targets", "traced_hooks",
-             "trainers", "watched_schedules", "watched_values", "watching", "wiring", "writers")  # fmt: skip
+             "metric_schedules", "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "pairing", "paths",
+             "placement", "plasticity", "processes", "qk_clip", "ramps", "resuming", "rewarm", "rollback", "room",
+             "schedules", "selection", "slot_edits", "slot_gain", "straight_through", "structures", "switching",
+             "targets", "traced_hooks", "trainers", "watched_schedules", "watched_values", "watching", "wiring",
+             "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
 PLAIN = make_state(1)
 SLOTS = make_state(1, MOMENTUM, w=jnp.arange(1.0, 5), v=jnp.ones(4))
@@ -319,6 +320,9 @@ CASES = {
     "no_params": Case(lambda: fsh.operate(PLAIN.replace(params={}), halve), STATE, ("has no leaves", "Found: dict")),
     # The catalogue.
     "axis": Case(on_plain(ClipNorm(1.0, axis=2)), FUNCTION, ("not an axis of the leaf", "axis 2 for shape [2]"), W),
+    "norm": Case(lambda: ClipNorm(1.0, norm="nuclear"), FUNCTION, ("ClipNorm(norm=...) is unknown", "'nuclear'")),
+    "iterations": Case(lambda: ClipNorm(1.0, iterations=0), FUNCTION, ("must be a positive int", "Found: 0")),
+    "no_matrix": Case(on_plain(ClipNorm(1.0, norm="spectral")), FUNCTION, ("two axes or more", "shape [2]"), W),
     "no_number": Case(lambda: Scale("2"), FUNCTION, ("Scale(factor=...) must be a finite number", "Found: '2'")),
     "not_positive": Case(lambda: Normalize(to=0), FUNCTION, ("Normalize(to=...) must be positive", "Found: 0")),
     "noise": Case(lambda: Noise(-1.0), FUNCTION, ("Noise(std=...) must be", "Found: -1.0")),

@@ -3,6 +3,7 @@
 from flax_surgery_hooks.surgeries.averages import Ema as Ema
 from flax_surgery_hooks.surgeries.averages import Lawa as Lawa
 from flax_surgery_hooks.surgeries.averages import Swa as Swa
+from flax_surgery_hooks.surgeries.balance import Balance as Balance
 from flax_surgery_hooks.surgeries.copies import Graft as Graft
 from flax_surgery_hooks.surgeries.copies import Lookahead as Lookahead
 from flax_surgery_hooks.surgeries.copies import Rewind as Rewind
@@ -23,6 +24,7 @@ from flax_surgery_hooks.surgeries.plasticity import ContinualBackprop as Continu
 from flax_surgery_hooks.surgeries.plasticity import RecycleDormant as RecycleDormant
 from flax_surgery_hooks.surgeries.plasticity import ShrinkAndPerturb as ShrinkAndPerturb
 from flax_surgery_hooks.surgeries.pruning import Prune as Prune
+from flax_surgery_hooks.surgeries.qk_clip import QKClip as QKClip
 from flax_surgery_hooks.surgeries.sparse_training import SET as SET
 from flax_surgery_hooks.surgeries.sparse_training import RigL as RigL
 from flax_surgery_hooks.surgeries.values import Assign as Assign
@@ -32,6 +34,7 @@ from flax_surgery_hooks.surgeries.values import Reinit as Reinit
 __all__ = [
     "SET",
     "Assign",
+    "Balance",
     "ClipNorm",
     "ContinualBackprop",
     "Ema",
@@ -44,6 +47,7 @@ __all__ = [
     "Noise",
     "Normalize",
     "Prune",
+    "QKClip",
     "ReLoRA",
     "RecycleDormant",
     "Reinit",

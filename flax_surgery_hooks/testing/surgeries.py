@@ -105,6 +105,28 @@ def complaints(row: SurgeryRow, rows: tuple[OptimizerRow, ...], rule: str) -> It
             yield from (f"{each}: {name}: {one.field} {one.says}" for one in found)
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """A surgery of several leaves, as an edit of one of them beside others that stay what they are.
+
+    Attributes:
+      surgery: the surgery; it takes the dict of leaves.
+      path: under which it gets the leaf that is edited.
+      others: path -> the other leaves, NumPy arrays.
+      inputs: makes the further arguments of the surgery.
+    """
+
+    surgery: Any
+    path: str
+    others: Mapping[str, np.ndarray]
+    inputs: Callable[[], Mapping[str, Any]] = dict
+
+    def __call__(self, leaf: jax.Array) -> jax.Array:
+        """The edited leaf."""
+        others = {path: jnp.asarray(other, leaf.dtype) for path, other in self.others.items()}
+        return self.surgery({self.path: leaf, **others}, **self.inputs())[self.path]
+
+
 # The catalogue
 
 
@@ -209,6 +231,7 @@ def _uniform(key: jax.Array) -> np.ndarray:
 
 
 _GRADIENT = np.sin(np.arange(1.0, 13.0)).reshape(SMALL)
+_OUT = np.cos(np.arange(1.0, 9.0)).reshape(4, 2)
 _TABLE = (
     SurgeryRow("Scale", surgeries.Scale(-0.5), _scaling(lambda kernel: -0.5)),
     SurgeryRow("Normalize", surgeries.Normalize(), _scaling(lambda kernel: 1 / np.linalg.norm(kernel))),
@@ -227,6 +250,29 @@ _TABLE = (
         _scaling(lambda kernel: np.minimum(1.0, 1.3 / _norms(kernel))),
         "scale_rows",
         idempotent=True,
+    ),
+    SurgeryRow(
+        "ClipNorm_spectral",
+        surgeries.ClipNorm(1.2, norm="spectral"),
+        _scaling(lambda kernel: min(1.0, 1.2 / np.linalg.norm(kernel, 2))),
+        idempotent=True,
+    ),
+    SurgeryRow(
+        "Balance",
+        Beside(surgeries.Balance("in", "out"), "in/kernel", {"out/kernel": _OUT}),
+        _scaling(lambda kernel: np.sqrt(np.linalg.norm(_OUT, axis=1) / _norms(kernel))),
+        "scale_rows",
+    ),
+    SurgeryRow(
+        "QKClip",
+        Beside(
+            surgeries.QKClip(tau=100.0, alpha=0.25, heads=2),
+            "query/kernel",
+            {"key/kernel": np.ones((3, 4))},
+            lambda: {"max_logits": np.array([400.0, 50.0]), "qk_norms": {}},
+        ),
+        _scaling(lambda kernel: np.array([0.25**0.25, 0.25**0.25, 1.0, 1.0])),
+        "scale_rows",
     ),
     SurgeryRow("Noise", surgeries.Noise(0.1), _noise(0.1, relative=True)),
     SurgeryRow("Noise_absolute", surgeries.Noise(0.1, relative=False), _noise(0.1, relative=False)),
