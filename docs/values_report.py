@@ -18,7 +18,7 @@ from measured import comparison, fill, versions, wrapped
 PAGE = pathlib.Path(__file__).with_name("values.md")
 FILE = pathlib.Path(__file__).with_name("values.json")
 ACCURACY = ("accuracies", ("held-out accuracy, %", "worst and best seed", "points beside {}"), 100.0, 2)
-COLUMNS = {"spikes": ACCURACY, "relora": ACCURACY}
+COLUMNS = dict.fromkeys(("spikes", "relora", "plasticity", "averages"), ACCURACY)
 """Name of a measurement -> which curve, heads of the columns, scale, digits behind the point."""
 
 

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "values.md").read_text()
 FOUND = json.loads((ROOT / "docs" / "values.json").read_text())
 BLOCK = re.compile(r"<!-- measured: (\w+) -->.*?<!-- end -->", re.DOTALL)
-EXAMPLES = {"spikes": "spikes_digits.py", "relora": "relora_digits.py"}
+EXAMPLES = {name: f"{name}_digits.py" for name in ("spikes", "relora", "plasticity", "averages")}
 """Name of a measurement -> the example that makes it."""
 
 
@@ -72,6 +72,25 @@ def test_ranks_add_up_over_merges_and_bring_accuracy():
     ranks = {name: {rank for run in runs for rank in run["ranks"]} for name, runs in FOUND["relora"]["runs"].items()}
     assert ranks["never merged"] == {1}
     assert min(ranks["ReLoRA"]) > 5
+
+
+def test_units_drawn_anew_hold_what_plain_training_loses():
+    def lost(method: str) -> np.ndarray:
+        runs = FOUND["plasticity"]["runs"][method]
+        return np.array([run["accuracies"][0] - run["accuracies"][-1] for run in runs])
+
+    assert lost("plain").min() > 0.25
+    assert max(lost("RecycleDormant").mean(), lost("ContinualBackprop").mean()) < 0.01
+
+
+def test_averages_are_steadier_than_the_last_weights():
+    def jumps(kind: str) -> float:
+        curves = np.array([run["accuracies"] for run in FOUND["averages"]["runs"][kind]])
+        return float(np.abs(np.diff(curves[:, curves.shape[1] // 2 :])).mean())
+
+    last, *averages = FOUND["averages"]["runs"]
+    assert 2 * max(map(jumps, averages)) < jumps(last)
+    assert all(scores("averages", kind).mean() > scores("averages", last).mean() for kind in averages)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
