@@ -102,7 +102,7 @@ def optimizer(plan: Plan) -> optax.GradientTransformation:
 def make_hooks(plan: Plan, name: str, seed: int) -> fsh.SurgeryHooks:
     """The hook of a method, if it has one."""
     hooks, seen = fsh.SurgeryHooks(seed=seed), fsh.units.activations(MODEL, lambda batch: batch[0])
-    quiet = {"params": "**", "figures": False, "guard": "off"}
+    quiet: dict[str, Any] = {"params": "**", "figures": False, "guard": "off"}
     if name == "RecycleDormant":
         hooks.add(
             "recycle", RecycleDormant(units(), init_params, seen, tau=plan.tau), when=fsh.every(plan.every), **quiet
@@ -112,9 +112,14 @@ def make_hooks(plan: Plan, name: str, seed: int) -> fsh.SurgeryHooks:
     return hooks
 
 
+def logits(params: Any, pixels: Any) -> Any:
+    """Shape [n, 10], of pixels [n, 64]."""
+    return MODEL.apply({"params": params}, pixels)
+
+
 def loss(params: Any, batch: Any) -> jax.Array:
     """Mean cross entropy."""
-    return optax.softmax_cross_entropy_with_integer_labels(MODEL.apply({"params": params}, batch[0]), batch[1]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch[0]), batch[1]).mean()
 
 
 def make_task(hooks: fsh.SurgeryHooks) -> Callable[..., Any]:
@@ -127,7 +132,7 @@ def make_task(hooks: fsh.SurgeryHooks) -> Callable[..., Any]:
             return hooks.in_graph(state, batch=batch), None
 
         state, _ = jax.lax.scan(step, state, batches)
-        hits = MODEL.apply({"params": state.params}, held_out[0]).argmax(-1) == held_out[1]
+        hits = logits(state.params, held_out[0]).argmax(-1) == held_out[1]
         return state, hits.mean(), loss(state.params, held_out)
 
     return run
