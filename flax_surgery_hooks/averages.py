@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax_surgery_hooks.errors import StateError, StructureError, located, typed
 from flax_surgery_hooks.layers import Layer, axis_of, taken, with_layers
 from flax_surgery_hooks.paths import Leaves, close_matches, flatten, listed
+from flax_surgery_hooks.remembered import remembered
 
 AVERAGE, SNAPSHOTS, COUNT = "average", "snapshots", "count"
 
@@ -72,23 +73,14 @@ def averages_in(state: Any, hook: str) -> dict[str, Any]:
     Raises:
       StateError: as for `average_of`.
     """
-    memory = (getattr(state, "surgery", None) or {}).get("memory", {})
-    if hook not in memory:
-        raise StateError(
-            f"The state holds no averages of a hook {hook!r}.",
-            found=f"memory of {listed(memory) or 'no hook'}",
-            write="state = hooks.init(state), once all hooks are added"
-            if not memory
-            else " or ".join(map(repr, close_matches(hook, memory) or memory)),
-        )
-    held = memory[hook]
+    held = remembered(state, hook, "averages")
     if not isinstance(held, Mapping) or not held or not all(map(_is_average, held.values())):
         raise StateError(
             f"What the hook {hook!r} remembers is not averages.",
             found=listed(held) if isinstance(held, Mapping) else typed(held),
             write="the name of a hook whose surgery is Ema, Swa or Lawa",
         )
-    return {path: jax.tree.map(_plain, one, is_leaf=_is_variable) for path, one in held.items()}
+    return dict(held)
 
 
 def averaged(memory: Mapping[str, Any], leaf: jax.Array) -> jax.Array:
@@ -130,12 +122,3 @@ def _layer(leaves: Leaves, place: int, index: int) -> Any:
 
 def _is_average(memory: Any) -> bool:
     return isinstance(memory, Mapping) and set(memory) in ({AVERAGE}, {AVERAGE, COUNT}, {SNAPSHOTS, COUNT})
-
-
-def _is_variable(leaf: Any) -> bool:
-    return hasattr(type(leaf), "raw_value")  # of the type: to read it is deprecated
-
-
-def _plain(leaf: Any) -> Any:
-    """The array of a variable of NNX, as which its optimizer holds it."""
-    return leaf[...] if _is_variable(leaf) else leaf

@@ -215,8 +215,4 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_error(name):
-    case = CASES[name]
-    with pytest.raises(case.error) as caught:
-        case.run()
-    assert [part for part in case.says if part not in str(caught.value)] == [], str(caught.value)
-    assert {"path": caught.value.path} == {"path": None, **case.fields}
+    CASES[name].check()

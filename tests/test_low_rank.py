@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_surgery_hooks as fsh
-from flax_surgery_hooks.errors import SurgeryFunctionError
+from flax_surgery_hooks.errors import InputError, SurgeryFunctionError
 from flax_surgery_hooks.surgeries import Factorize, MergeLora, ReLoRA, Rewarm
 
 SCALE = 0.5
@@ -321,6 +321,12 @@ def test_errors_say_what_and_where(name):
     with pytest.raises(SurgeryFunctionError) as caught:
         run()
     assert [part for part in says if part not in str(caught.value)] == [], str(caught.value)
+
+
+def test_what_is_drawn_anew_needs_a_key():
+    state, _ = trained(optax.sgd(0.1), steps=1)
+    with pytest.raises(InputError, match=r"ReLoRA draws random numbers.*key=jax.random.key\(0\)"):
+        fsh.operate(state, ReLoRA(SCALE))
 
 
 def test_configs_name_them():

@@ -266,6 +266,9 @@ CASES = {
                    ("one array for 4 heads below 'a'", "a [3], b [2]", "{'a': logits} of shape [4]"), {"path": "a"}),
     "one_array_for_two": Case(on({"a": GOOD, "b": GOOD}, given=jnp.ones(4)), e.InputError, ("array [4]",),
                               {"path": "a"}),
+    "bias_left_out": Case(on({"a": {**GOOD, "key": {"kernel": KERNEL, "bias": jnp.ones((4, 3))}}}, where="**/kernel"),
+                          e.SurgeryFunctionError, ("a part of a projection only", "a/key/kernel", '"**/query/*"'),
+                          {"path": "a/key/bias"}),
     "layers": Case(on({"a": GOOD}, given={"a": jnp.ones((3, 4))}), e.SurgeryFunctionError,
                    ("layers and heads of its logits", "[2, 4, 3] for layers [3]"), {"path": "a/query/kernel"}),
 }  # fmt: skip
@@ -273,24 +276,27 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_error(name):
-    case = CASES[name]
-    with pytest.raises(case.error) as caught:
-        case.run()
-    assert [part for part in case.says if part not in str(caught.value)] == [], str(caught.value)
-    assert {"path": caught.value.path} == {"path": None, **case.fields}
+    CASES[name].check()
+
+
+def beside(name):
+    """A fire of an attention that has a leaf of this name too."""
+    tree = jax.tree.map(jnp.asarray, {"query": dict(GOOD["query"]), "key": dict(GOOD["key"])})
+    functools.reduce(lambda node, part: node.setdefault(part, {}), name.split("/"), tree)["scale"] = jnp.ones(3)
+    leaves = {f"b/{part}/kernel": KERNEL for part in GOOD}
+    return QKClip(0.25)(leaves, jnp.ones(4), QKClip()._beside(make_state(1, b=tree)))
 
 
 @pytest.mark.parametrize("name", ["q_norm", "_key_norm", "k_layernorm", "qk_norm", "query_ln", "key/rms_norm"])
 def test_norms_of_many_names_are_known(name):
-    tree = {"b": {}}
-    functools.reduce(lambda node, part: node.setdefault(part, {}), name.split("/"), tree["b"])["scale"] = jnp.ones(3)
-    found = QKClip()._norms(make_state(1, **tree))
-    assert set(found) == {"", f"b/{name}/scale"}
+    with pytest.raises(e.SurgeryFunctionError, match="would undo QKClip") as caught:
+        beside(name)
+    assert caught.value.path == f"b/{name}/scale"
 
 
-@pytest.mark.parametrize("name", ["attention_norm", "query", "out_norm", "quality_norm", "kernel_norm", "ln"])
+@pytest.mark.parametrize("name", ["attention_norm", "query_scale", "out_norm", "quality_norm", "kernel_norm", "ln"])
 def test_other_norms_are_none_of_queries_and_keys(name):
-    assert set(QKClip()._norms(make_state(1, b={name: jnp.ones(3)}))) == {""}
+    assert float(beside(name)["b/query/kernel"].max()) == 0.5
 
 
 def test_a_norm_in_another_attention_does_not_matter():

@@ -12,6 +12,7 @@ from flax_surgery_hooks import paths as names
 from flax_surgery_hooks.errors import SelectionError, StateError, StructureError, SurgeryFunctionError, quoted, typed
 from flax_surgery_hooks.layers import Layer, axis_of
 from flax_surgery_hooks.paths import Leaves, close_matches, listed
+from flax_surgery_hooks.remembered import remembered
 
 Masks = Mapping[str, Any]
 
@@ -111,28 +112,15 @@ def masks_of(state: Any, hook: str) -> dict[str, Any]:
     >>> masks_of(state, "prune")["w"].tolist()
     [True, False]
     """
-    memory = (getattr(state, "surgery", None) or {}).get("memory", {})
-    if hook not in memory:
-        raise StateError(
-            f"The state holds no masks of a hook {hook!r}.",
-            found=f"memory of {listed(memory) or 'no hook'}",
-            write="state = hooks.init(state), once all hooks are added"
-            if not memory
-            else " or ".join(map(repr, close_matches(hook, memory) or memory)),
-        )
-    found = {path: _plain(mask) for path, mask in memory[hook].items()} if isinstance(memory[hook], Mapping) else {}
-    if not found or any(getattr(mask, "dtype", None) != jnp.bool_ for mask in found.values()):
+    found = remembered(state, hook, "masks")
+    masks = found if isinstance(found, Mapping) else {}
+    if not masks or any(getattr(mask, "dtype", None) != jnp.bool_ for mask in masks.values()):
         raise StateError(
             f"What the hook {hook!r} remembers is not masks.",
-            found=listed(f"{path}: {typed(mask)}" for path, mask in found.items()) or typed(memory[hook]),
+            found=listed(f"{path}: {typed(mask)}" for path, mask in masks.items()) or typed(found),
             write="the name of a hook that prunes",
         )
-    return found
-
-
-def _plain(mask: Any) -> Any:
-    """The array of a variable of NNX, as which its optimizer holds it."""
-    return mask[...] if hasattr(type(mask), "raw_value") else mask  # of the type: to read it is deprecated
+    return dict(masks)
 
 
 @jax.custom_jvp

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_surgery_hooks.errors import SurgeryFunctionError, quoted
+from flax_surgery_hooks.errors import InputError, SurgeryFunctionError, quoted
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.slot_edits import SlotValue
 from flax_surgery_hooks.surgeries.masks import dropped
 from flax_surgery_hooks.surgeries.optimizer import ResetMoments, start_of
+from flax_surgery_hooks.surgeries.pairing import part_of
 from flax_surgery_hooks.surgery import key_for
 
 Arrays = Mapping[str, jax.Array]
@@ -100,12 +100,13 @@ class MergeLora:
 
     def __call__(self, leaves: Arrays, merged: Arrays, key: jax.Array | None = None) -> dict[str, jax.Array]:
         """The edited leaves."""
+        if self.redraw and key is None:
+            raise InputError(f"{type(self).__name__} draws random numbers.", write="key=jax.random.key(0)")
         new = dict(leaves)
         for one in self._adapters(leaves):
             new[one.kernel] = leaves[one.kernel] + merged[one.kernel]
             new[one.b] = jnp.zeros_like(leaves[one.b])
-            if self.redraw:
-                assert key is not None
+            if key is not None and self.redraw:
                 new[one.a] = self._drawn(key_for(key, one.a), leaves[one.a], leaves[one.a].ndim - _stacked(one, leaves))
         return new
 
@@ -308,12 +309,9 @@ class Factorize:
 def _folders(paths: Iterable[str], name: str) -> Iterator[tuple[str, str]]:
     """The folder, and the layer of a stack, of each path that ends so, and the path."""
     for path in paths:
-        stem, layer = _LAYER.fullmatch(path).groups()  # type: ignore[union-attr]  # it matches any text
-        if stem == name or stem.endswith(f"/{name}"):
-            yield f"{stem.removesuffix(name)}{layer}", path
-
-
-_LAYER = re.compile(r"(.*?)((?:\[\d+\])?)", re.DOTALL)
+        part = part_of(path, name)
+        if part is not None and not part.rest:
+            yield part.group, path
 
 
 def _stacked(one: Adapter, leaves: Arrays) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from flax_surgery_hooks.errors import InputError, SurgeryFunctionError, quoted
 from flax_surgery_hooks.paths import flatten, listed
-from flax_surgery_hooks.surgeries.pairing import grouped, whole
+from flax_surgery_hooks.surgeries.pairing import grouped, part_of, whole
 
 Arrays = Mapping[str, jax.Array]
 
@@ -34,7 +34,7 @@ class QKClip:
     (1 - alpha)`: no head grows, and one that is not clipped has its logits as they were. Optimizer slots are left alone
     (`opt_state="keep"`), as in the paper.
 
-    Select the leaves of the two projections, `params=["**/query/*", "**/key/*"]`. Kernels are [..., heads, features],
+    Select all leaves of the two projections, `params=["**/query/*", "**/key/*"]`. Kernels are [..., heads, features],
     as those of `nn.MultiHeadDotProductAttention`, biases [heads, features], of scanned layers with the layers first.
 
     The largest logits are an input of the train loop, `hooks(step, state, max_logits=...)`, or of `max_logits`: a tree
@@ -65,7 +65,7 @@ class QKClip:
     Source: Kimi K2 (arXiv 2507.20534), MuonClip; https://kexue.fm/archives/11126.
 
     >>> leaves = {"query/kernel": jnp.ones((1, 2, 1)), "key/kernel": jnp.ones((1, 2, 1))}
-    >>> clipped = QKClip(tau=1.0)(leaves, max_logits=jnp.array([0.5, 4.0]), qk_norms={})
+    >>> clipped = QKClip(tau=1.0)(leaves, max_logits=jnp.array([0.5, 4.0]), beside={})
     >>> clipped["query/kernel"].ravel().tolist()
     [1.0, 0.5]
     """
@@ -100,14 +100,15 @@ class QKClip:
 
     @property
     def derived(self) -> dict[str, Callable[..., Any]]:
-        """The norms that would undo it, and the logits, if they are computed."""
-        return {"qk_norms": self._norms, **({} if self.max_logits is None else {"max_logits": self.max_logits})}
+        """What stands beside the leaves in the model, and the logits, if they are computed."""
+        return {"beside": self._beside, **({} if self.max_logits is None else {"max_logits": self.max_logits})}
 
-    def __call__(self, leaves: Arrays, max_logits: Any, qk_norms: Any) -> dict[str, jax.Array]:
+    def __call__(self, leaves: Arrays, max_logits: Any, beside: Any) -> dict[str, jax.Array]:
         """The edited leaves."""
         edited = dict(leaves)
         for group, attention in self._attentions(leaves, max_logits).items():
-            _refuse_norms(group, qk_norms)
+            _refuse_norms(group, beside)
+            self._refuse_others(group, leaves, beside)
             for paths, factors in zip(attention.paths, self._factors(attention), strict=True):
                 for path in paths:
                     edited[path] = self._scaled(path, leaves[path], *factors)
@@ -126,7 +127,7 @@ class QKClip:
 
     def _attentions(self, leaves: Arrays, max_logits: Any) -> dict[str, _Attention]:
         """The selected attentions by the path of their parents."""
-        names = (self.query, self.key, *(() if self.query_rope is None else (self.query_rope,)))
+        names = self._names
         groups = grouped("QKClip", leaves, names)
         found = {}
         for group, parts in groups.items():
@@ -175,9 +176,30 @@ class QKClip:
         factor = jnp.where(within, content[..., None], rest[..., None]).astype(leaf.dtype)
         return leaf * jax.lax.stop_gradient(factor.reshape(*layers, *(1,) * between, *tail))
 
-    def _norms(self, state: Any) -> dict[str, Any]:
-        """The paths of all norms of queries and keys; as `derived` are arrays, each has a number that says nothing."""
-        return dict.fromkeys(("", *(path for path in flatten(state.params).paths if _NORM.search(path.lower()))), 0.0)
+    def _beside(self, state: Any) -> dict[str, Any]:
+        """The paths of all projections and norms of queries and keys; as `derived` are arrays, each has a number that
+        says nothing.
+        """
+        paths = flatten(state.params).paths
+        told = [path for path in paths if _is_norm(path) or any(part_of(path, name) for name in self._names)]
+        return dict.fromkeys(("", *told), 0.0)
+
+    def _refuse_others(self, group: str, leaves: Arrays, beside: Any) -> None:
+        """Raises where a part of a projection would stay as it is: then no logit becomes tau."""
+        parent, opened, layer = group.partition("[")
+        for path in beside:
+            mine = any(part is not None and part.parent == parent for part in (part_of(path, n) for n in self._names))
+            if mine and path not in leaves and f"{path}{opened}{layer}" not in leaves:
+                raise SurgeryFunctionError(
+                    "QKClip has a part of a projection only: what is not selected keeps its size.",
+                    path=path,
+                    found=listed(leaves),
+                    write='params= that selects it too, such as "**/query/*"',
+                )
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (self.query, self.key, *(() if self.query_rope is None else (self.query_rope,)))
 
 
 class _Attention(NamedTuple):
@@ -204,13 +226,17 @@ _NORM = re.compile(
 """Paths of norms such as `query_ln` (Flax), `q_norm`, `query/norm`."""
 
 
-def _refuse_norms(group: str, norms: Any) -> None:
-    beside = [path for path in norms if path and _is_below(path, group.partition("[")[0])]
-    if beside:
+def _is_norm(path: str) -> bool:
+    return _NORM.search(path.lower()) is not None
+
+
+def _refuse_norms(group: str, beside: Any) -> None:
+    norms = [path for path in beside if _is_norm(path) and _is_below(path, group.partition("[")[0])]
+    if norms:
         raise SurgeryFunctionError(
             "Queries or keys are normalised, which bounds the logits and would undo QKClip.",
-            path=beside[0],
-            found=listed(beside),
+            path=norms[0],
+            found=listed(norms),
             write="no QKClip for this attention",
         )
 

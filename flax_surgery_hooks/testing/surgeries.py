@@ -269,7 +269,7 @@ _TABLE = (
             surgeries.QKClip(tau=100.0, alpha=0.25, heads=2),
             "query/kernel",
             {"key/kernel": np.ones((3, 4))},
-            lambda: {"max_logits": np.array([400.0, 50.0]), "qk_norms": {}},
+            lambda: {"max_logits": np.array([400.0, 50.0]), "beside": {}},
         ),
         _scaling(lambda kernel: np.array([0.25**0.25, 0.25**0.25, 1.0, 1.0])),
         "scale_rows",
