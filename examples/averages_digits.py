@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import curves
 import digits
 import jax
 import jax.numpy as jnp
@@ -100,21 +99,14 @@ def train(plan: Plan, name: str, seed: int, advance: Callable[[], object]) -> di
         advance()
         if step % plan.epoch == 0:
             scores[step] = evaluate(state)
-    return {"seed": seed, "steps": list(scores), "scores": jax.device_get(list(scores.values()))}
+    return {"seed": seed, "scores": scores}
 
 
 def by_kind(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The curves of each kind of average, as those of a method of their own."""
-    return {kind: [_curves(run, [each[kind] for each in run["scores"]]) for run in found] for kind in STYLES}
-
-
-def _curves(run: dict[str, Any], scores: list[Any]) -> dict[str, Any]:
-    losses, accuracies = zip(*scores, strict=True)
     return {
-        "seed": run["seed"],
-        "steps": run["steps"],
-        "losses": [round(float(loss), 5) for loss in losses],
-        "accuracies": [round(float(accuracy), 5) for accuracy in accuracies],
+        kind: [results.curve(run["seed"], {step: each[kind] for step, each in run["scores"].items()}) for run in found]
+        for kind in STYLES
     }
 
 
@@ -122,13 +114,8 @@ def main(arguments: Any) -> None:
     """Measures, keeps the numbers, draws, and prints what came out."""
     plan = FAST if arguments.fast else Plan()
     runs = by_kind(results.run_all(["train"], plan.seeds, plan.num_steps, functools.partial(train, plan))["train"])
-    results.keep(arguments.results, "averages", {"conditions": dataclasses.asdict(plan), "runs": runs})
-    if arguments.picture is not None:
-        title = "Averages of weights, at a high constant learning rate"
-        curves.draw(
-            arguments.picture, title, "held-out accuracy, %", runs, "accuracies", STYLES, scale=100.0, form="{:.1f}"
-        )
-    print("\n".join(results.lines("averages", runs, "accuracies", 100.0, 2)))
+    title = "Averages of weights, at a high constant learning rate"
+    results.report(arguments, "averages", title, plan, runs, STYLES)
 
 
 if __name__ == "__main__":

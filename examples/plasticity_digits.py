@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import curves
 import digits
 import flax.linen as nn
 import jax
@@ -153,26 +152,17 @@ def train(plan: Plan, name: str, seed: int, advance: Callable[[], object]) -> di
         state, *score = run(state, batches, (held_out, test_split.labels))
         scores.append(score)
         advance()
-    accuracies, losses = np.mean(np.reshape(jax.device_get(scores), (-1, plan.block, 2)), axis=1).T
-    return {
-        "seed": seed,
-        "steps": [plan.task_steps * plan.block * (i + 1) for i in range(plan.tasks // plan.block)],
-        "losses": [round(float(value), 5) for value in losses],
-        "accuracies": [round(float(value), 5) for value in accuracies],
-    }
+    means = np.mean(np.reshape(jax.device_get(scores), (-1, plan.block, 2)), axis=1)
+    steps = plan.task_steps * plan.block
+    return results.curve(seed, {steps * (i + 1): (loss, accuracy) for i, (accuracy, loss) in enumerate(means)})
 
 
 def main(arguments: Any) -> None:
     """Measures, keeps the numbers, draws, and prints what came out."""
     plan = FAST if arguments.fast else Plan()
     runs = results.run_all(STYLES, plan.seeds, plan.tasks, functools.partial(train, plan))
-    results.keep(arguments.results, "plasticity", {"conditions": dataclasses.asdict(plan), "runs": runs})
-    if arguments.picture is not None:
-        title = f"{plan.tasks} tasks one after another: the digits, their pixels in another order in each"
-        curves.draw(
-            arguments.picture, title, "held-out accuracy, %", runs, "accuracies", STYLES, scale=100.0, form="{:.1f}"
-        )
-    print("\n".join(results.lines("plasticity", runs, "accuracies", 100.0, 2)))
+    title = f"{plan.tasks} tasks one after another: the digits, their pixels in another order in each"
+    results.report(arguments, "plasticity", title, plan, runs, STYLES)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import curves
 import digits
 import flax.linen as nn
 import jax
@@ -145,14 +144,7 @@ def train(plan: Plan, name: str, seed: int, advance: Callable[[], object]) -> di
         advance()
         if step % plan.evaluations == 0:
             scores[step] = digits.evaluate(state, test_split)
-    losses, accuracies = zip(*jax.device_get(list(scores.values())), strict=True)
-    return {
-        "seed": seed,
-        "steps": list(scores),
-        "losses": [round(float(loss), 5) for loss in losses],
-        "accuracies": [round(float(accuracy), 5) for accuracy in accuracies],
-        "ranks": ranks(begun, state.params),
-    }
+    return results.curve(seed, scores) | {"ranks": ranks(begun, state.params)}
 
 
 def ranks(before: Any, after: Any) -> list[int]:
@@ -169,13 +161,8 @@ def main(arguments: Any) -> None:
     """Measures, keeps the numbers, draws, and prints what came out."""
     plan = FAST if arguments.fast else Plan()
     runs = results.run_all(METHODS, plan.seeds, plan.num_steps, functools.partial(train, plan))
-    results.keep(arguments.results, "relora", {"conditions": dataclasses.asdict(plan), "runs": runs})
-    if arguments.picture is not None:
-        title = "Factors of rank one beside frozen kernels"
-        curves.draw(
-            arguments.picture, title, "held-out accuracy, %", runs, "accuracies", STYLES, scale=100.0, form="{:.1f}"
-        )
-    print("\n".join(results.lines("relora", runs, "accuracies", 100.0, 2)))
+    title = "Factors of rank one beside frozen kernels"
+    results.report(arguments, "relora", title, plan, runs, STYLES)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import curves
 import jax
 from tqdm import tqdm
 
@@ -158,6 +160,50 @@ def run_all(
             bar.set_description(name)
             runs[name] = [train(name, seed, bar.update) for seed in range(seeds)]
     return runs
+
+
+def curve(seed: int, scores: Mapping[int, tuple[Any, Any]]) -> dict[str, Any]:
+    """What is kept of a run.
+
+    Args:
+      seed: of the run.
+      scores: step -> held-out loss and accuracy, arrays that may still be on the device.
+
+    >>> curve(0, {10: (1.5, 0.25)})
+    {'seed': 0, 'steps': [10], 'losses': [1.5], 'accuracies': [0.25]}
+    """
+    losses, accuracies = zip(*jax.device_get(list(scores.values())), strict=True)
+    return {
+        "seed": seed,
+        "steps": list(scores),
+        "losses": [round(float(loss), 5) for loss in losses],
+        "accuracies": [round(float(accuracy), 5) for accuracy in accuracies],
+    }
+
+
+def report(
+    arguments: argparse.Namespace,
+    name: str,
+    title: str,
+    plan: Any,
+    runs: Mapping[str, Sequence[Run]],
+    styles: Mapping[str, Any],
+) -> None:
+    """Keeps the numbers of a comparison, draws its held-out accuracies, and prints what came out.
+
+    Args:
+      arguments: those of the command line, see `arguments`.
+      name: of the measurement in the file.
+      title: of the picture.
+      plan: a dataclass of the sizes of the measurement.
+      runs: method -> what `curve` keeps of its runs, the control first.
+      styles: method -> how its line looks.
+    """
+    keep(arguments.results, name, {"conditions": dataclasses.asdict(plan), "runs": runs})
+    if arguments.picture is not None:
+        label = "held-out accuracy, %"
+        curves.draw(arguments.picture, title, label, runs, "accuracies", styles, scale=100.0, form="{:.1f}")
+    print("\n".join(lines(name, runs, "accuracies", 100.0, 2)))
 
 
 def arguments(doc: str | None) -> argparse.Namespace:

@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import curves
 import digits
 import jax
 import jax.numpy as jnp
@@ -111,27 +110,15 @@ def train(plan: Plan, name: str, seed: int, advance: Callable[[], object]) -> di
         advance()
         if step % plan.evaluations == 0:
             scores[step] = digits.evaluate(state, test_split)
-    losses, accuracies = zip(*jax.device_get(list(scores.values())), strict=True)
-    return {
-        "seed": seed,
-        "steps": list(scores),
-        "losses": [round(float(loss), 5) for loss in losses],
-        "accuracies": [round(float(accuracy), 5) for accuracy in accuracies],
-        "spikes": [int(step) for step in np.flatnonzero(each != 1) + 1],
-    }
+    return results.curve(seed, scores) | {"spikes": [int(step) for step in np.flatnonzero(each != 1) + 1]}
 
 
 def main(arguments: Any) -> None:
     """Measures, keeps the numbers, draws, and prints what came out."""
     plan = FAST if arguments.fast else Plan()
     runs = results.run_all(METHODS, plan.seeds, plan.num_steps, functools.partial(train, plan))
-    results.keep(arguments.results, "spikes", {"conditions": dataclasses.asdict(plan), "runs": runs})
-    if arguments.picture is not None:
-        title = f"Gradients {plan.size:g} times too large at {100 * plan.spikes:g} % of the steps"
-        curves.draw(
-            arguments.picture, title, "held-out accuracy, %", runs, "accuracies", STYLES, scale=100.0, form="{:.1f}"
-        )
-    print("\n".join(results.lines("spikes", runs, "accuracies", 100.0, 2)))
+    title = f"Gradients {plan.size:g} times too large at {100 * plan.spikes:g} % of the steps"
+    results.report(arguments, "spikes", title, plan, runs, STYLES)
 
 
 if __name__ == "__main__":

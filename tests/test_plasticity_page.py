@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import doctest
-import pathlib
-import re
-
-import jax
 import jax.numpy as jnp
 from config_cases import parse
+from page_code import run_page
 from unit_cases import CASES
 
 import flax_surgery_hooks as fsh
 from flax_surgery_hooks.config import build
 from flax_surgery_hooks.surgeries import ContinualBackprop, RecycleDormant
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "plasticity.md").read_text()
-FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-
 
 def test_the_code_on_the_page_does_what_it_says():
-    with jax.numpy_rank_promotion("allow"):  # as it is for whoever reads the page
-        runner, names, said = doctest.DocTestRunner(optionflags=FLAGS), {}, []
-        for block in re.findall(r"^```pycon\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
-            test = doctest.DocTestParser().get_doctest(block, names, "plasticity.md", None, 0)
-            runner.run(test, out=said.append, clear_globs=False)
-            names = test.globs
-    assert runner.tries > 10
-    assert not runner.failures, "".join(said)
+    assert run_page("plasticity.md") > 10
 
 
 def test_units_and_activations_come_to_a_config_as_objects():
