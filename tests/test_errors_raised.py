@@ -35,8 +35,8 @@ ELSEWHERE = ("__init__", "_encodings", "_event_files", "abstract_state", "adapte
              "distributions", "errors", "failing", "fingerprint", "freezable", "globs", "groups", "guards", "in_graph",
              "keeping", "kept_leaves", "layer_index", "layer_slots", "ledger_files", "ledger_lines", "low_rank",
              "metric_schedules", "mirrors", "optimizer", "optimizer_edits", "optimizer_state", "pairing", "paths",
-             "placement", "plasticity", "processes", "qk_clip", "ramps", "resuming", "rewarm", "rollback", "room",
-             "schedules", "selection", "slot_edits", "slot_gain", "straight_through", "structures", "switching",
+             "placement", "plasticity", "processes", "qk_clip", "ramps", "remembered", "resuming", "rewarm", "rollback",
+             "room", "schedules", "selection", "slot_edits", "slot_gain", "straight_through", "structures", "switching",
              "targets", "traced_hooks", "trainers", "watched_schedules", "watched_values", "watching", "wiring",
              "writers")  # fmt: skip
 """Modules whose own tests see to what they raise."""
