@@ -275,7 +275,7 @@ def _with_memory(state: Any, hooks: list[Hook], seed: int) -> Any:
     if held:
         capacity = next(iter(held.values()))["steps"].shape[0]
         able = [hook for hook in hooks if in_graph.why_on_host(hook) is None]
-        fitted = room.fitted(fitted, able, capacity, (), anew=True)
+        fitted = room.fitted(fitted, able, capacity, anew=True)
     return fitted.replace(surgery=placed_beside(fitted.surgery, fitted.params))
 
 

@@ -35,7 +35,7 @@ def check_ahead(
     first_due = [(hook.next_possible(last), order, hook) for order, hook in enumerate(hooks) if _may_change(hook)]
     if not first_due:
         return
-    names = ("params", "opt_state", "surgery", *(name for name, _ in mirrors))
+    names = ("params", "opt_state", "surgery", *(name for name, _ in mirrors.fields))
     fields = [name for name in names if hasattr(state, name)]
     ahead = state.replace(**{name: jax.tree.map(as_abstract, getattr(state, name)) for name in fields})
     for step, _, hook in sorted((due for due in first_due if due[0] is not None), key=lambda due: due[:2]):
@@ -64,5 +64,5 @@ def foresee(hook: Hook, ahead: Any, inputs: dict[str, Any], seed: int, mirrors: 
         operation, arrays = bind_inputs(hook.operation, inputs)
         key = fires.fire_key(operation, seed, hook.name, 0, 0)
         arrays = inputs_of_state(operation, ahead, key, 0, arrays, deriving.Abstractly.of_state)
-        held, reshape = viewed(ahead, mirrors, operation, hook.reshape)
+        held, reshape = viewed(ahead, mirrors, hook)
         return original(fires.foresee(operation, held, hook.name, key, arrays, reshape))

@@ -94,7 +94,38 @@ def init_memory(edit: Edit, leaves: Mapping[str, Any], key: jax.Array | None) ->
             found=listed(odd) if odd else type(result).__name__,
             write="return jnp.zeros_like(leaf)",
         )
-    return jax.tree.map(jnp.asarray, result)
+    made = jax.tree.map(jnp.asarray, result)
+    for part, kind in edit.memory_kinds:
+        _check_moves(edit, leaves, made, part, kind)
+    return made
+
+
+def _check_moves(edit: Edit, leaves: Mapping[str, Any], made: Any, key: str, kind: str) -> None:
+    """Raises unless a part of a memory holds arrays that can move with their leaves."""
+    name = edit.init_memory.name if edit.init_memory is not None else edit.name
+    if key and (not isinstance(made, Mapping) or key not in made):
+        raise SurgeryFunctionError(
+            f"{name} makes no {key!r}, of which memory_kinds says what it holds.",
+            found=listed(map(str, made))
+            if isinstance(made, Mapping)
+            else f"{made.dtype}{list(made.shape)}"
+            if hasattr(made, "dtype")
+            else type(made).__name__,
+            write=f"a dict with {key!r}, or memory_kinds without it",
+        )
+    part = made[key] if key else made
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+    if edit.many:
+        fits = isinstance(part, Mapping) and {path: jnp.shape(array) for path, array in part.items()} == shapes
+    else:
+        fits = {jnp.shape(array) for array in jax.tree.leaves(part)} == set(shapes.values())
+    if not fits:
+        raise SurgeryFunctionError(
+            f"{name} makes what cannot move with its leaves as the kind {kind!r}: arrays of another shape than theirs.",
+            found=f"{key or 'memory'}: {shorten(jax.tree.map(jnp.shape, part))}",
+            write=f"arrays of shape {listed(str(list(shape)) for shape in shapes.values())}"
+            + (" by the path of the leaf" if edit.many else ""),
+        )
 
 
 def figure_names(edit: Edit, paths: Sequence[str]) -> tuple[str, ...]:

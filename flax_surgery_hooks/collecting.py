@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from flax_surgery_hooks import checks, in_graph, room
+from flax_surgery_hooks.mirrors import Mirrors
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.settling import NEVER, Fired
@@ -42,14 +43,14 @@ class Collector:
       ledger: the file of the ledger, None if there is none.
       traced: hook -> what all its fires have in common, for those that some compiled step fires.
       first: the step of the first call, None if there was none yet; fires before it may have been recorded by then.
-      lying: where the leaves of the state lie, as `init` saw them.
+      state: the state as `init` saw it, in shapes with their places; None before that.
     """
 
     after: int
     ledger: pathlib.Path | None = None
     traced: dict[str, in_graph.About] = field(default_factory=dict)
     first: int | None = None
-    lying: in_graph.Lying = field(default_factory=in_graph.Lying)
+    state: Any = None
     _seen: dict[str, int] = field(default_factory=dict)
     _last: dict[str, int] = field(default_factory=dict)
     _waiting: list[tuple[int, Any]] = field(default_factory=list)
@@ -60,15 +61,15 @@ class Collector:
         """The step at which the oldest waiting buffer wants to be read, `NEVER` if none waits."""
         return min((step + self.after for step, _ in self._waiting), default=NEVER)
 
-    def begin(self, state: Any) -> None:
-        """Looks at a state with room for figures; waits for the device if it has values.
+    def begin(self, state: Any, mirrors: Mirrors, hooks: Sequence[Hook]) -> None:
+        """Looks at a state with room for figures of these hooks; waits for the device if it has values.
 
         What a state from a checkpoint has seen may have been recorded or not: the ledger's file tells. Without a file
         it is taken as recorded.
         """
         self._recorded = None
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state.params)):
-            self.lying = in_graph.Lying.of(state)
+            self.state = in_graph.seen_of(state, mirrors, hooks)
         if checks.concrete(state) and self.ledger is None:
             counts = {name: buffer["count"] for name, buffer in room.buffers(state).items()}
             self._seen = {name: int(count) for name, count in jax.device_get(counts).items()}

@@ -111,7 +111,7 @@ class SurgeryHooks(Resumable):
             raise HookError("Unknown donate=.", found=quoted(donate), write=f"one of {', '.join(DONATE)}")
         self.seed = seed
         self.donate = donate
-        self.mirrors = checked(mirrors)
+        self._mirrored = checked(mirrors)
         self.ledger = Ledger(ledger, on_record)
         self.strict_steps = strict_steps
         self._agreement = Agreement(agree_secs)
@@ -315,6 +315,8 @@ class SurgeryHooks(Resumable):
         since = step - 1 if self._resumed is None else self._resume_at(step)
         self._begin(step)
         self._last, self._collector.first = since, step
+        if self._resumed is not None:  # hooks that are past may name leaves that are gone, as after their own fire
+            self._unchecked -= {name for name, hook in self._hooks.items() if hook.next_possible(since) is None}
         for hook in self._ordered():
             if hook.name not in self._collector.traced and hook.name not in self._known:
                 fires.note_missed(self.ledger, hook.name, hook.when, since)
@@ -348,7 +350,7 @@ class SurgeryHooks(Resumable):
         with located(hook=hook.name):
             operation, arrays = bind_inputs(hook.operation, inputs)
             key = fires.fire_key(operation, self.seed, hook.name, 0, 0)
-            held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
+            held, reshape = viewed(state, self.mirrors, hook)
             programs = self._compiled(hook, operation, held)
             arrays = inputs_of_state(operation, state, key, 0, arrays, programs.derive.of_state)
             with off_mesh(state):
@@ -371,7 +373,7 @@ class SurgeryHooks(Resumable):
             operation, arrays = bind_inputs(hook.operation, inputs)
             count = self._counts.get((hook.name, step), 0)
             key = fires.fire_key(operation, self.seed, hook.name, step, count)
-            held, reshape = viewed(state, self.mirrors, operation, hook.reshape)
+            held, reshape = viewed(state, self.mirrors, hook)
             programs = self._compiled(hook, operation, held)
             donate = donate if hook.rollback is None else "never"
             tried = self._tried.get(programs) == len(programs.compiled)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -103,9 +104,21 @@ class Lying(NamedTuple):
 
     @classmethod
     def of(cls, state: Any) -> Lying:
-        """Of a concrete state, or an abstract one that says."""
+        """Of a concrete state, or an abstract one that says, as one hook sees it."""
         params, opt_state = jax.tree.leaves(state.params), jax.tree.leaves(state.opt_state)
         return cls(*(tuple(getattr(leaf, "sharding", None) for leaf in leaves) for leaves in (params, opt_state)))
+
+
+def seen_of(state: Any, mirrors: Mirrors, hooks: Sequence[Hook]) -> Any:
+    """Those fields of a state that hooks see, as shapes with their places."""
+    names = ["params", "opt_state", "surgery", *(name for name, _ in mirrors.fields)]
+    names += [name for hook in hooks for name in hook.operation.fields]
+    held = {name: getattr(state, name) for name in dict.fromkeys(names) if hasattr(state, name)}
+    return types.SimpleNamespace(tx=state.tx, **jax.tree.map(_placed, held))
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=getattr(leaf, "sharding", None))
 
 
 class _Touched(NamedTuple):
@@ -129,16 +142,16 @@ class Run:
       seed: the seed of the hooks' keys.
       inputs: the trainer's.
       mirrors: fields of the state that mirror the parameters.
-      lying: where the leaves lie; what is not known of it costs gathers of partial sums.
+      seen: a state that says where the leaves lie, see `seen_of`; without it figures cost gathers of partial sums.
 
     Raises:
       SurgeryError: whatever a fire on leaves of these shapes would raise; StructureError if shapes change.
     """
 
-    def __init__(self, state: Any, hook: Hook, seed: int, inputs: Mapping[str, Any], mirrors: Mirrors, lying: Lying):
-        self._hook, self._seed, self._mirrors = hook, seed, mirrors
-        held = view(state, mirrors, hook.operation.fields)
-        self._state, lying = held, lying if held is state else Lying()
+    def __init__(self, state: Any, hook: Hook, seed: int, inputs: Mapping[str, Any], mirrors: Mirrors, seen: Any):
+        self._hook, self._seed, self._mirrors = hook, seed, mirrors.beside(hook)
+        held = self._viewed(state)
+        self._state, lying = held, Lying() if seen is None else Lying.of(self._viewed(seen))
         self._operation, self._inputs = bind_inputs(hook.operation, inputs)
         self._original = state
         self._parts = take_apart(held)
@@ -164,7 +177,7 @@ class Run:
     def after(self, state: Any) -> Any:
         """The state after the fire, if it is due; of the structure of the one that this was made with."""
         again = copy.copy(self)
-        again._original, again._state = state, view(state, self._mirrors, self._operation.fields)
+        again._original, again._state = state, self._viewed(state)
         again._parts = take_apart(again._state)
         remembered = memory.held(state, self._hook.name, self._operation)
         again._touched = again._touching(again._arrays(again._parts, remembered), remembered)
@@ -175,6 +188,9 @@ class Run:
     def marked(self, mark: Any) -> Any:
         """The state with `mark` in the place of every leaf that a fire may change."""
         return self._with(jax.tree.map(lambda leaf: mark, self._touched))
+
+    def _viewed(self, state: Any) -> Any:
+        return view(state, self._mirrors, self._hook.operation.fields)
 
     def _foreseen_inputs(self, key: Any, remembered: Any) -> dict[str, Any]:
         """The inputs of the edit, those that its surgery makes as shapes: they are made where the hook is due."""

@@ -21,7 +21,7 @@ from flax_surgery_hooks import kept_leaves
 from flax_surgery_hooks.errors import HookError, StateError, located, shorten
 from flax_surgery_hooks.kept_leaves import overlap
 from flax_surgery_hooks.ledger import Record
-from flax_surgery_hooks.mirrors import Mirrors, original, viewed
+from flax_surgery_hooks.mirrors import NO_MIRRORS, Mirrors, original, viewed
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.registration import Hook
@@ -264,7 +264,7 @@ class Keeper:
         """The values, for a checkpoint: number of the fire -> number of the array -> array."""
         return {str(one.id): _numbered(map(_as_array, one.leaves)) for one in self.fires if not one.refused}
 
-    def abstract(self, saved: Iterable[Mapping[str, Any]], state: Any, mirrors: Mirrors = ()) -> dict[str, Any]:
+    def abstract(self, saved: Iterable[Mapping[str, Any]], state: Any, mirrors: Mirrors = NO_MIRRORS) -> dict[str, Any]:
         """What `arrays` held, as `jax.ShapeDtypeStruct`s that lie as the leaves of a state do.
 
         Args:
@@ -282,7 +282,7 @@ class Keeper:
         shapes = [(tuple(shape), dtype) for shape, dtype in one["leaves"]]
         if hook is None or hook.rollback is None:  # nobody will ask for them, but they are in the checkpoint
             return _numbered(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
-        held, _ = viewed(state, mirrors, hook.operation, hook.reshape)
+        held, _ = viewed(state, mirrors, hook)
         leaves = kept_leaves.abstract(kept_leaves.site_of(hook.operation, held, hook.name))
         if [(leaf.shape, str(leaf.dtype)) for leaf in leaves] != shapes:
             raise StateError(

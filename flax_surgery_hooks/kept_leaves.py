@@ -122,7 +122,7 @@ def put(hook: Hook, state: Any, leaves: Sequence[Any], mirrors: Mirrors) -> Any:
       StateError: the state has other leaves now, or the kept ones were deleted.
     """
     with off_mesh(state):
-        held, _ = viewed(state, mirrors, hook.operation, hook.reshape)
+        held, _ = viewed(state, mirrors, hook)
         now = site_of(hook.operation, held, hook.name)
         _check(now, leaves)
         current, treedef = jax.tree.flatten(now.touched)

@@ -1,8 +1,8 @@
 """Further fields of a train state: mirrors of the parameters, which move like slots, and leaves to edit beside them.
 
 A train state that has averages or target networks is looked at as one whose optimizer state holds them too, so that all
-that is known of slots is true of them: kinds, rules, records, donation. One whose `batch_stats` are to be edited is
-looked at as one whose parameters hold them too.
+that is known of slots is true of them: kinds, rules, records, donation. So are averages that other hooks remember. One
+whose `batch_stats` are to be edited is looked at as one whose parameters hold them too.
 """
 
 from __future__ import annotations
@@ -16,16 +16,38 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_surgery_hooks import memory_mirrors
 from flax_surgery_hooks.errors import HookError, StateError, quoted, shorten
-from flax_surgery_hooks.operation import Operation
+from flax_surgery_hooks.memory_mirrors import Beginning, Part, Remembered
+from flax_surgery_hooks.registration import Hook
 from flax_surgery_hooks.rules import KINDS, check_choice
 from flax_surgery_hooks.slot_registry import register_slot
 from flax_surgery_hooks.structure import Reshape
 
-Mirrors = tuple[tuple[str, str], ...]
+Fields = tuple[tuple[str, str], ...]
+"""Pairs of a field of the train state and the kind of what it holds."""
 
 
-def checked(mirrors: Mapping[str, str] | None) -> Mirrors:
+class Mirrors(NamedTuple):
+    """What mirrors the parameters.
+
+    Attributes:
+      fields: fields of the train state.
+      remembered: what hooks remember.
+    """
+
+    fields: Fields = ()
+    remembered: tuple[Remembered, ...] = ()
+
+    def beside(self, hook: Hook) -> Mirrors:
+        """What moves where this hook fires."""
+        return self._replace(remembered=tuple(one for one in self.remembered if memory_mirrors.follows(one, hook)))
+
+
+NO_MIRRORS = Mirrors()
+
+
+def checked(mirrors: Mapping[str, str] | None) -> Fields:
     """Field of the train state -> kind of what it holds, as sorted pairs.
 
     Raises:
@@ -64,9 +86,17 @@ def view(state: Any, mirrors: Mirrors, fields: tuple[str, ...] = ()) -> Any:
     Raises:
       StateError: the state has no such field, the field does not mirror the parameters, or cannot stand beside them.
     """
-    held = tuple((name, kind) for name, kind in mirrors if _held(state, name) is not None)
+    held = tuple((name, kind) for name, kind in mirrors.fields if _held(state, name) is not None)
     _check_fields(state, fields)
-    return View(state, held, fields) if held or fields else state
+    names = [name for name, _ in held]
+    parts = memory_mirrors.parts_of(memories_of(state), mirrors.remembered, state.params, names)
+    return View(state, held, parts, fields) if held or parts or fields else state
+
+
+def memories_of(state: Any) -> Mapping[str, Any]:
+    """Hook -> what it remembers; empty before `hooks.init`."""
+    surgery = getattr(state, "surgery", None)
+    return surgery.get("memory", {}) if isinstance(surgery, Mapping) else {}
 
 
 def _check_fields(state: Any, fields: tuple[str, ...]) -> None:
@@ -85,12 +115,13 @@ def _check_fields(state: Any, fields: tuple[str, ...]) -> None:
             )
 
 
-def viewed(state: Any, mirrors: Mirrors, operation: Operation, reshape: Reshape) -> tuple[Any, Reshape]:
+def viewed(state: Any, mirrors: Mirrors, hook: Hook) -> tuple[Any, Reshape]:
     """The view for one hook, and what the hook brings for such a state; surgeries of the optimizer see it alone."""
-    held = state if operation.edit.edit_optimizer is not None else view(state, mirrors, operation.fields)
+    reshape, operation = hook.reshape, hook.operation
+    held = state if operation.edit.edit_optimizer is not None else view(state, mirrors.beside(hook), operation.fields)
     if held is state or reshape.tx is None:
         return held, reshape
-    return held, dataclasses.replace(reshape, tx=extended(reshape.tx, held.mirrors, held.fields))
+    return held, dataclasses.replace(reshape, tx=held.extended(reshape.tx))
 
 
 def _held(state: Any, name: str) -> Any:
@@ -119,19 +150,29 @@ def original(state: Any) -> Any:
 class View:
     """A train state whose `opt_state` holds its mirrors too, whose `params` hold some fields too, and whose `tx` is for
     such parameters and makes such states.
+
+    Attributes:
+      mirrors: fields of the state that mirror the parameters, and kinds.
+      parts: what hooks remember that mirrors them.
+      fields: the fields among the parameters.
     """
 
-    def __init__(self, state: Any, mirrors: Mirrors, fields: tuple[str, ...]):
+    def __init__(self, state: Any, mirrors: Fields, parts: tuple[Part, ...], fields: tuple[str, ...]):
         self._state = state
         self.mirrors = mirrors
+        self.parts = parts
         self.fields = fields
-        self.tx = extended(state.tx, mirrors, fields)
+        self.tx = self.extended(state.tx)
 
     def __getattr__(self, name: str) -> Any:
         # A copy in the making has no `_state` yet, and would look for it here for ever.
         return getattr(object.__getattribute__(self, "_state"), name)
 
-    @property
+    def extended(self, tx: Any) -> Any:
+        """An optimizer for such a view, of one for the state itself."""
+        return extended(tx, self.mirrors, self.parts, self.fields)
+
+    @functools.cached_property
     def params(self) -> Any:
         """The parameters, and the fields under their names."""
         if not self.fields:
@@ -139,30 +180,49 @@ class View:
         both = {**self._state.params, **{name: getattr(self._state, name) for name in self.fields}}
         return type(self._state.params)(both)
 
-    @property
+    @functools.cached_property
     def opt_state(self) -> Any:
         """The optimizer's state and the mirrors."""
-        if not self.mirrors:
+        if not self.mirrors and not self.parts:
             return self._state.opt_state
-        held = _class_for(self.mirrors)
-        return Beside(self._state.opt_state, held(*(getattr(self._state, name) for name, _ in self.mirrors)))
+        fields = [getattr(self._state, name) for name, _ in self.mirrors]
+        remembered = memory_mirrors.trees(memories_of(self._state), self.parts, self._state.params)
+        return Beside(self._state.opt_state, _class_for(_pairs(self.mirrors, self.parts))(*fields, *remembered))
 
     def replace(self, **changes: Any) -> View:
         """The same look at a state with these changes."""
         params = changes.pop("params", None)
         if params is not None:
             changes |= {"params": without(params, self.fields), **{name: params[name] for name in self.fields}}
-        if self.mirrors and "opt_state" in changes:
-            both = changes.pop("opt_state")
-            changes |= {"opt_state": both.opt_state, **both.mirrors._asdict()}
+        if "opt_state" in changes:
+            surgery = changes.get("surgery", getattr(self._state, "surgery", None))
+            changes |= self._taken_apart(changes.pop("opt_state"), surgery)
         tx = changes.pop("tx", None)
         if tx is not None:
             changes["tx"] = getattr(tx.init, "extends", tx)
-        return View(self._state.replace(**changes), self.mirrors, self.fields)
+        state = self._state.replace(**changes)
+        # Of other paths other parts are held.
+        parts = memory_mirrors.renewed(self.parts, memories_of(state), state.params)
+        return View(state, self.mirrors, parts, self.fields)
+
+    def _taken_apart(self, both: Any, surgery: Any) -> dict[str, Any]:
+        """Fields of the state, of an optimizer state with mirrors beside it."""
+        if not self.mirrors and not self.parts:
+            return {"opt_state": both}
+        count = len(self.mirrors)
+        fields = {name: tree for (name, _), tree in zip(self.mirrors, both.mirrors, strict=False)}
+        if not self.parts:
+            return {"opt_state": both.opt_state, **fields}
+        memory = memory_mirrors.put(surgery["memory"], self.parts, both.mirrors[count:])
+        return {"opt_state": both.opt_state, **fields, "surgery": {**surgery, "memory": memory}}
 
     def unviewed(self) -> Any:
         """The state itself."""
         return self._state
+
+
+def _pairs(mirrors: Fields, parts: tuple[Part, ...]) -> Fields:
+    return (*mirrors, *((part.name, part.kind) for part in parts))
 
 
 class Beside(NamedTuple):
@@ -173,7 +233,7 @@ class Beside(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _class_for(mirrors: Mirrors) -> Any:
+def _class_for(mirrors: Fields) -> Any:
     """A state class with one field per mirror, registered by kind."""
     made = NamedTuple("Mirrors", [(name, Any) for name, _ in mirrors])  # type: ignore[misc]
     kinds: dict[str, Any] = dict(mirrors)
@@ -182,13 +242,13 @@ def _class_for(mirrors: Mirrors) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def extended(tx: Any, mirrors: Mirrors, fields: tuple[str, ...]) -> Any:
+def extended(tx: Any, mirrors: Fields, parts: tuple[Part, ...], fields: tuple[str, ...]) -> Any:
     """An optimizer for parameters with fields beside them, whose state has their mirrors beside it.
 
     Its `init` has two attributes: `extends`, the optimizer for a train state as it is, and `inner`, the one for the
     parameters without fields; see `slots.slots_of`.
     """
-    inner = mirroring(tx, mirrors) if mirrors else tx
+    inner = mirroring(tx, mirrors, parts) if mirrors or parts else tx
 
     def init(params: Any) -> Any:
         return inner.init(without(params, fields))
@@ -203,13 +263,14 @@ def without(params: Any, fields: tuple[str, ...]) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def mirroring(tx: Any, mirrors: Mirrors) -> Any:
+def mirroring(tx: Any, mirrors: Fields, parts: tuple[Part, ...]) -> Any:
     """An optimizer whose state has trees beside it that mirror the parameters and that it leaves alone."""
-    inner, held = optax.with_extra_args_support(tx), _class_for(mirrors)
+    inner, held = optax.with_extra_args_support(tx), _class_for(_pairs(mirrors, parts))
+    beginnings = [Beginning(part) for part in parts]
 
     def init(params: Any) -> Beside:
         trees = [params if kind == "param" else jax.tree.map(jnp.zeros_like, params) for _, kind in mirrors]
-        return Beside(tx.init(params), held(*trees))
+        return Beside(tx.init(params), held(*trees, *(first(params) for first in beginnings)))
 
     def update(updates: Any, state: Beside, params: Any = None, **given: Any) -> tuple[Any, Beside]:
         updates, opt_state = inner.update(updates, state.opt_state, params, **given)

@@ -96,7 +96,7 @@ def operate(
     step = 0 if step is None else step  # a state may have none
     arrays = inputs_of_state(operation, state, key, step, arrays, _derive(operation, state).of_state)
     with off_mesh(state):
-        return _operate(state, operation, key, step, arrays, checked(mirrors))
+        return _operate(state, operation, key, step, arrays, Mirrors(checked(mirrors)))
 
 
 def _operate(

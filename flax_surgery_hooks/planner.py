@@ -122,7 +122,7 @@ class Planner:
 
     def _abstract(self, state: Any) -> Structure:
         take_apart(state)  # raises where a part is missing
-        names = ["params", "opt_state", "surgery", *(name for name, _ in self.mirrors)]
+        names = ["params", "opt_state", "surgery", *(name for name, _ in self.mirrors.fields)]
         names += [name for hook in self.hooks for name in hook.operation.fields]
         held = {name: getattr(state, name) for name in dict.fromkeys(names) if hasattr(state, name)}
         return self._structure(state.replace(**jax.tree.map(as_abstract, held)))
@@ -138,7 +138,7 @@ class Planner:
 
             held = getattr(state, "surgery", None)
             state = state.replace(surgery=jax.eval_shape(made, state.params, held))
-        names = ("params", "opt_state", "surgery", *(name for name, _ in self.mirrors))
+        names = ("params", "opt_state", "surgery", *(name for name, _ in self.mirrors.fields))
         arrays = [getattr(state, name, None) for name in names]
         return Structure(state, (shapes_of(arrays), id(state.tx)))
 
@@ -199,7 +199,7 @@ class Planner:
         return self._seen[known]
 
     def _foresee(self, hook: Hook, structure: Structure) -> Foreseen:
-        held, reshape = viewed(structure.state, self.mirrors, hook.operation, hook.reshape)
+        held, reshape = viewed(structure.state, self.mirrors, hook)
         edit = hook.operation.edit
         missing = [name for name in edit.needs if name not in self.inputs and name not in RESERVED]
         if missing:

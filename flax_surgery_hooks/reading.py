@@ -10,7 +10,8 @@ from typing import Any
 from flax_surgery_hooks.errors import SurgeryFunctionError, quoted
 from flax_surgery_hooks.methods import Method, parameters_of
 from flax_surgery_hooks.paths import listed
-from flax_surgery_hooks.surgery import LEAVES, PRESERVES, RESERVED, STATE, Edit
+from flax_surgery_hooks.rules import KINDS, check_choice
+from flax_surgery_hooks.surgery import FOLLOWS, LEAVES, PRESERVES, RESERVED, STATE, Edit
 
 
 def as_edit(surgery: Any) -> Edit:
@@ -62,6 +63,7 @@ def as_edit(surgery: Any) -> Edit:
         edit_slots=_edit_slots(edit),
         derived=_derived(edit),
         **_figures(edit),
+        **_memory_moves(edit),
         rule=getattr(surgery, "opt_state", None),
         starts_anew=bool(getattr(surgery, "starts_anew", False)),
     )
@@ -128,6 +130,34 @@ def _figures(edit: Edit) -> dict[str, Any]:
             write='def figures(self, leaf) -> {"largest": ...}, and def figure_names(self, paths) -> ("largest",)',
         )
     return {"figures": method, "figure_names": names}
+
+
+def _memory_moves(edit: Edit) -> dict[str, Any]:
+    """What of the memory moves with its leaf, and when."""
+    kinds, follows = (getattr(edit.function, name, default) for name, default in (
+        ("memory_kinds", ()), ("memory_follows", "edits")))  # fmt: skip
+    if isinstance(kinds, str):
+        kinds = {"": kinds}
+    fits = isinstance(kinds, Mapping) and all(isinstance(key, str) for key in kinds) and not (edit.many and "" in kinds)
+    if kinds != () and not fits:
+        raise SurgeryFunctionError(
+            f"{edit.name}.memory_kinds says what arrays of its memory hold.",
+            found=quoted(getattr(edit.function, "memory_kinds", None)),
+            write='{"average": "param"}, of keys of the memory' + ("" if edit.many else ', or "param" for all of it'),
+        )
+    if kinds and not hasattr(edit.function, "init_memory"):
+        raise SurgeryFunctionError(
+            f"{edit.name}.memory_kinds is of a memory, and the surgery has none.",
+            write="init_memory(self, leaf), or no memory_kinds",
+        )
+    if follows not in FOLLOWS:
+        raise SurgeryFunctionError(
+            f"{edit.name}.memory_follows says which fires of other hooks its memory follows.",
+            found=quoted(follows),
+            write=" or ".join(map(repr, FOLLOWS)),
+        )
+    checked = {key: check_choice(kind, KINDS[:-1], "kind of memory") for key, kind in dict(kinds).items()}
+    return {"memory_kinds": tuple(checked.items()), "memory_follows": follows}
 
 
 def _optimizer_edit(surgery: Any, name: str) -> Edit:

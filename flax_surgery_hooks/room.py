@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from flax_surgery_hooks.errors import StateError, located
 from flax_surgery_hooks.metrics import FIELDS
-from flax_surgery_hooks.mirrors import Mirrors, view
+from flax_surgery_hooks.mirrors import NO_MIRRORS, view
 from flax_surgery_hooks.operation import Operation, units
 from flax_surgery_hooks.paths import listed
 from flax_surgery_hooks.placement import like_neighbours
@@ -32,14 +32,13 @@ def measures(operation: Operation) -> bool:
     return operation.figures or operation.guard != "off"
 
 
-def fitted(state: Any, hooks: Sequence[Hook], capacity: int, mirrors: Mirrors, *, anew: bool = False) -> Any:
+def fitted(state: Any, hooks: Sequence[Hook], capacity: int, *, anew: bool = False) -> Any:
     """The state with room for the figures of fires in graph; what fits already is kept.
 
     Args:
       state: concrete, abstract or traced.
       hooks: those that can fire in graph.
       capacity: how many fires of each there is room for.
-      mirrors: fields of the state that mirror the parameters.
       anew: whether what does not fit is made anew.
 
     Raises:
@@ -51,7 +50,7 @@ def fitted(state: Any, hooks: Sequence[Hook], capacity: int, mirrors: Mirrors, *
     made = {}
     for hook in hooks:
         with located(hook=hook.name):
-            shapes = _shapes(view(state, mirrors, hook.operation.fields), hook.operation, capacity)
+            shapes = _shapes(view(state, NO_MIRRORS, hook.operation.fields), hook.operation, capacity)
             made[hook.name] = _made(state, held.get(hook.name), shapes, anew)
     return state.replace(surgery={**(state.surgery or {}), "fires": made})
 

@@ -22,6 +22,8 @@ LEAF = "leaf"
 STATE, LEAVES = "state", "leaves"
 """What functions of `derived` get the train state and the selected leaves under."""
 PRESERVES = ("function", "eval_function", "nothing")
+FOLLOWS = ("edits", "reshapes")
+"""Which fires of other hooks the memory of a surgery follows."""
 
 
 class Surgery(Protocol):
@@ -57,6 +59,11 @@ class Surgery(Protocol):
       preserves: "function" or "eval_function" if the model computes the same after the edit (slots are transported by
         default), "nothing" otherwise (slots are carried by default).
       opt_state: another rule to be the default, such as "keep" where an edit leaves the history of all elements alone.
+      memory_kinds: what arrays of the memory hold that have the shape of the leaf, one of `rules.KINDS`: they move as
+        optimizer slots of that kind where another hook fires. A kind for the whole memory of a leaf, or a mapping from
+        keys of it, {"average": "param"}; of a surgery that takes all leaves such a key holds path -> array.
+      memory_follows: which fires of other hooks these arrays follow: "edits", or, where they hold what was, the
+        "reshapes" of hooks that may change shapes.
       starts_anew: whether `operate`, which has no place for what a surgery remembers, may start it from `init_memory`
         and let go of what comes of that.
     """
@@ -87,6 +94,8 @@ class Edit:
       derived: what is computed once per fire, in order: name -> function.
       figures: what measures a fire beside the edit, or None.
       figure_names: from the paths of a call's leaves to the names of these figures.
+      memory_kinds: pairs of a key of the memory, "" for all of it, and the kind of its arrays.
+      memory_follows: "edits" or "reshapes".
       rule: the rule of slots by default, or None for that of `preserves`.
       starts_anew: whether `operate` may start it from its first memory.
     """
@@ -106,6 +115,8 @@ class Edit:
     derived: tuple[tuple[str, Method], ...] = ()
     figures: Method | None = None
     figure_names: Callable[[tuple[str, ...]], tuple[str, ...]] | None = None
+    memory_kinds: tuple[tuple[str, str], ...] = ()
+    memory_follows: str = "edits"
     rule: str | None = None
     starts_anew: bool = False
 

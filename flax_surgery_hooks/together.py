@@ -18,7 +18,7 @@ _MARK = object()
 
 
 def fire_due(
-    state: Any, hooks: Sequence[Hook], seed: int, inputs: Mapping[str, Any], mirrors: Mirrors, lying: in_graph.Lying
+    state: Any, hooks: Sequence[Hook], seed: int, inputs: Mapping[str, Any], mirrors: Mirrors, seen: Any
 ) -> tuple[Any, dict[str, in_graph.About]]:
     """The state after the fires that are due at `state.step`, in order, and what is known of each hook's.
 
@@ -27,7 +27,7 @@ def fire_due(
     runs = []
     for hook in hooks:
         with located(hook=hook.name):
-            runs.append(in_graph.Run(state, hook, seed, inputs, mirrors, lying))
+            runs.append(in_graph.Run(state, hook, seed, inputs, mirrors, seen))
     about = {hook.name: run.about() for hook, run in zip(hooks, runs, strict=True)}
     if len(runs) < 2:
         return (runs[0].after(state) if runs else state), about
@@ -51,7 +51,7 @@ class _Fields:
     """The leaves of those fields of a state that fires may edit; the state itself need not be a pytree."""
 
     def __init__(self, state: Any, hooks: Sequence[Hook], mirrors: Mirrors):
-        further = [*(name for name, _ in mirrors), *(name for hook in hooks for name in hook.operation.fields)]
+        further = [*(name for name, _ in mirrors.fields), *(name for hook in hooks for name in hook.operation.fields)]
         self._names = tuple(dict.fromkeys(["params", "opt_state", "surgery", *further]))
         _, self._treedef = jax.tree.flatten(self._held(state))
 

@@ -17,7 +17,8 @@ from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.errors import HookError, quoted
 from flax_surgery_hooks.hook_set import HookSet
 from flax_surgery_hooks.ledger import Ledger, Record
-from flax_surgery_hooks.mirrors import Mirrors
+from flax_surgery_hooks.memory_mirrors import remembered_by
+from flax_surgery_hooks.mirrors import Fields, Mirrors
 from flax_surgery_hooks.placement import off_mesh
 from flax_surgery_hooks.plan import Plan
 from flax_surgery_hooks.planner import Planner
@@ -31,10 +32,10 @@ from flax_surgery_hooks.train_state import written
 class TracedHooks(HookSet):
     """The part of `SurgeryHooks` that works under `jax.jit`."""
 
-    __slots__ = ("_agreement", "_collector", "_settler", "_started", "_wake", "ledger", "mirrors", "seed")
+    __slots__ = ("_agreement", "_collector", "_mirrored", "_settler", "_started", "_wake", "ledger", "seed")
 
     seed: int
-    mirrors: Mirrors
+    _mirrored: Fields
     ledger: Ledger
     _agreement: Agreement
     _collector: Collector
@@ -66,8 +67,8 @@ class TracedHooks(HookSet):
             self._agree("hooks.init", state)
         with off_mesh(state):
             state = memory.fitted(state, self._named(), self.seed)
-            state = written(room.fitted(state, self._graphable(), fires, self.mirrors))
-        self._collector.begin(state)
+            state = written(room.fitted(state, self._graphable(), fires))
+        self._collector.begin(state, self.mirrors, self._graphable())
         return state
 
     def in_graph(self, state: Any, **inputs: Any) -> Any:
@@ -99,7 +100,7 @@ class TracedHooks(HookSet):
         in_graph.check_not_empty(hooks, any(hook.operation.edit.observe is not None for hook in hooks))
         room.check_ready(state, graphable)
         state = memory.observe(state, self._named(), self.seed, inputs)
-        state, about = fire_due(state, graphable, self.seed, inputs, self.mirrors, self._collector.lying)
+        state, about = fire_due(state, graphable, self.seed, inputs, self.mirrors, self._collector.state)
         self._collector.traced |= about
         for name in about:
             self._settler.forget(name)
@@ -241,8 +242,14 @@ class TracedHooks(HookSet):
 
     def settings(self) -> dict[str, Any]:
         """What holds for all hooks, and must be the same on every process."""
-        mirrors = {"mirrors": dict(self.mirrors), "ledger": self.ledger.trouble()}
+        mirrors = {"mirrors": dict(self._mirrored), "ledger": self.ledger.trouble()}
         return {**json.loads(fires.versions_json(self.seed)), **mirrors, **self._settler.settings}
+
+    @property
+    def mirrors(self) -> Mirrors:
+        """What moves with the parameters: fields of the state, and what hooks remember."""
+        remembered = filter(None, map(remembered_by, self._hooks.values()))
+        return Mirrors(self._mirrored, tuple(remembered))
 
     def _agree(self, call: str, state: Any = None, step: int | None = None) -> None:
         """Compares what this process holds with the others, as far as that has not been done; see `agreement`."""
@@ -257,7 +264,7 @@ class TracedHooks(HookSet):
         if held:
             self._gather(self._collector.read(self._ordered(), held))
             capacity = next(iter(held.values()))["steps"].shape[0]
-            state = room.fitted(state, self._graphable(), capacity, self.mirrors, anew=True)
+            state = room.fitted(state, self._graphable(), capacity, anew=True)
             self._collector.renewed(before, state)
         return state
 

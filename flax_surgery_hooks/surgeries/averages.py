@@ -6,8 +6,9 @@ optimizer state alone; its figure `params/relative_change` is the distance betwe
 weights. A hook that is only there to be evaluated gets a schedule that never comes due, `when=fsh.at(1_000_000_000)`.
 
 Averages are of float32, also for parameters of fewer bits: one of bfloat16 would stand still where 1 - decay is less
-than its precision. They do not follow edits of other hooks; an average whose leaf changes shape is made anew. Hooks are
-observed in the order in which they fire: add an average after the hook that masks its leaves.
+than its precision. They follow the edits of other hooks, to other shapes and paths too, as slots of the kind `param`:
+elements that start anew there do so in the average, as if they had been so from its beginning. Hooks are observed in
+the order in which they fire: add an average after the hook that masks its leaves.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class _Averaging:
 
     preserves: ClassVar[str] = "nothing"
     opt_state: ClassVar[str] = "keep"
+    memory_kinds: ClassVar[dict[str, str]] = {AVERAGE: "param"}
 
     def __call__(self, leaf: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
         """The average, and the memory as it is."""
@@ -163,6 +165,7 @@ class Lawa(_Averaging):
 
     k: int
     interval: int
+    memory_kinds: ClassVar[dict[str, str]] = {SNAPSHOTS: "param"}
 
     def __post_init__(self):
         check_whole("Lawa", "k", self.k, least=1)

@@ -49,6 +49,8 @@ class Swap:
     hook: str
     preserves: ClassVar[str] = "nothing"
     opt_state: ClassVar[str] = "keep"
+    memory_kinds: ClassVar[dict[str, str]] = {"live": "param"}
+    memory_follows: ClassVar[str] = "reshapes"
 
     def __post_init__(self):
         if not isinstance(self.hook, str) or not self.hook:
@@ -108,6 +110,7 @@ class Lookahead:
     alpha: float = 0.5
     preserves: ClassVar[str] = "nothing"
     opt_state: ClassVar[str] = "keep"
+    memory_kinds: ClassVar[str] = "param"
 
     def __post_init__(self):
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha <= 1:
@@ -151,6 +154,8 @@ class Rewind:
     to_step: int
     preserves: ClassVar[str] = "nothing"
     opt_state: ClassVar[str] = "keep"
+    memory_kinds: ClassVar[str] = "param"
+    memory_follows: ClassVar[str] = "reshapes"
 
     def __post_init__(self):
         check_whole("Rewind", "to_step", self.to_step, least=0)
