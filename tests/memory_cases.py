@@ -71,7 +71,48 @@ def same(self: Any, leaf: Any, memory: Any) -> Any:
     return leaf, memory
 
 
+def declaring(kinds: Any = "param", follows: str = "edits", init: Any = jnp.copy) -> Any:
+    """A surgery whose memory moves with its leaf somehow."""
+
+    def remember(self: Any, leaf: Any) -> Any:
+        return init(leaf)
+
+    methods = {"memory_kinds": kinds, "memory_follows": follows, "init_memory": remember, "__call__": same}
+    return type("Odd", (), methods)()
+
+
+def declaring_for_all(kinds: Any) -> Any:
+    methods = {
+        "memory_kinds": kinds,
+        "init_memory": lambda self, leaves: {"live": {path: leaf[:1] for path, leaf in leaves.items()}},
+        "__call__": lambda self, leaves, memory: (leaves, memory),
+    }
+    return type("Odd", (), methods)()
+
+
+def forgetful(self: Any, leaf: Any) -> Any:
+    return leaf
+
+
 CASES = {
+    "kinds_are_none": Case(
+        begun(declaring(["param"])), FUNCTION,
+        ("Odd.memory_kinds says what arrays of its memory hold", "['param']", 'or "param" for all of it'), A),
+    "kinds_of_all": Case(begun(declaring_for_all("param")), FUNCTION,
+                         ("memory_kinds says what arrays of its memory hold", "'param'", '{"average": "param"}'), A),
+    "kinds_of_nothing": Case(
+        lambda: with_hook(type("Odd", (), {"memory_kinds": "param", "__call__": forgetful})()), FUNCTION,
+        ("Odd.memory_kinds is of a memory, and the surgery has none", "init_memory(self, leaf)"), A),
+    "kinds_at_times": Case(begun(declaring(follows="always")), FUNCTION,
+                           ("Odd.memory_follows says which fires", "'always'", "'edits' or 'reshapes'"), A),
+    "kinds_unknown": Case(begun(declaring("params")), e.RuleError,
+                          ("Unknown kind of memory", "'params'", "one of param"), A),
+    "kinds_of_no_part": Case(begun(declaring({"mean": "param"})), FUNCTION,
+                             ("Odd.init_memory makes no 'mean'", "float32[2]", "a dict with 'mean'"), A),
+    "kinds_of_another_shape": Case(begun(declaring(init=lambda leaf: leaf[:1])), FUNCTION,
+                                   ("arrays of another shape than theirs", "memory: (1,)", "shape [2]"), A),
+    "kinds_by_path": Case(begun(declaring_for_all({"live": "param"})), FUNCTION,
+                          ("arrays of another shape than theirs", "live: {'w': (1,)}", "by the path of the leaf"), A),
     "memory_without_start": Case(
         of_class(__call__=same), FUNCTION, ("Odd asks for `memory`", "`init_memory(self, leaf)`", "reserved name")),
     "memory_unused": Case(of_class(__call__=lambda self, w: w, init_memory=lambda self, w: w), FUNCTION,

@@ -15,13 +15,11 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 from jax.sharding import NamedSharding, PartitionSpec
-from raised import Case
 from resumed import assert_same, mesh_of, open_manager
 from tiny import assert_bitwise_equal
 
 import flax_surgery_hooks as fsh
 from flax_surgery_hooks import fires
-from flax_surgery_hooks.errors import RuleError, SurgeryFunctionError
 from flax_surgery_hooks.surgeries import Ema, Lawa, Lookahead, MergeLora, Reinit, Rewind, Scale, Swa, Swap
 from flax_surgery_hooks.testing import streams
 from flax_surgery_hooks.testing.edits import EDITS, EditRow
@@ -439,84 +437,3 @@ def test_a_memory_of_another_kind_moves_as_slots_of_that_kind():
     after = hooks.fire("momentum", state)
     assert np.unique(after.params["kernel"]).tolist() == [3.75]
     assert np.unique(after.surgery["memory"]["momentum"]["kernel"]["mean"]).tolist() == [0.25]
-
-
-def declaring(kinds: Any = "param", follows: Any = "edits", memory: Any = jnp.copy) -> Any:
-    class Own:
-        memory_kinds, memory_follows = kinds, follows
-
-        def init_memory(self, leaf):
-            return memory(leaf)
-
-        def __call__(self, leaf, memory):
-            return leaf, memory
-
-    return Own()
-
-
-class OfAll:
-    memory_kinds = {"live": "param"}  # noqa: RUF012
-
-    def init_memory(self, leaves):
-        return {"live": {path: leaf[:1] for path, leaf in leaves.items()}}
-
-    def __call__(self, leaves, memory):
-        return leaves, memory
-
-
-class Forgetful:
-    memory_kinds = "param"
-
-    def __call__(self, leaf):
-        return leaf
-
-
-def adding(surgery: Any) -> Any:
-    return lambda: make_hooks({"own": surgery}).init(make_state({"kernel": jnp.ones((2, 3))}))
-
-
-MISTAKES = {
-    "kinds are no names": Case(
-        adding(declaring(kinds=["param"])),
-        SurgeryFunctionError,
-        ("Own.memory_kinds says what arrays of its memory hold", "['param']", 'or "param" for all of it', "hook 'own'"),
-    ),
-    "all of a memory of all leaves": Case(
-        adding(type("Bare", (OfAll,), {"memory_kinds": "param"})()),
-        SurgeryFunctionError,
-        ("Bare.memory_kinds says what arrays of its memory hold", "'param'", '{"average": "param"}'),
-    ),
-    "no memory": Case(
-        adding(Forgetful()),
-        SurgeryFunctionError,
-        ("Forgetful.memory_kinds is of a memory, and the surgery has none", "init_memory(self, leaf)"),
-    ),
-    "an unknown time": Case(
-        adding(declaring(follows="always")),
-        SurgeryFunctionError,
-        ("Own.memory_follows says which fires", "'always'", "'edits' or 'reshapes'"),
-    ),
-    "an unknown kind": Case(
-        adding(declaring(kinds="params")), RuleError, ("Unknown kind of memory", "'params'", "param")
-    ),
-    "a part that is not there": Case(
-        adding(declaring(kinds={"mean": "param"})),
-        SurgeryFunctionError,
-        ("Own.init_memory makes no 'mean'", "float32", "a dict with 'mean'"),
-    ),
-    "another shape": Case(
-        adding(declaring(memory=lambda leaf: leaf[:1])),
-        SurgeryFunctionError,
-        ("arrays of another shape than theirs", "memory: (1, 3)", "[2, 3]"),
-    ),
-    "other shapes by path": Case(
-        adding(OfAll()),
-        SurgeryFunctionError,
-        ("arrays of another shape than theirs", "live: ", "by the path"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name):
-    MISTAKES[name].check()
