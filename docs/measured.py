@@ -32,7 +32,7 @@ def comparison(
     Args:
       runs: method -> runs.
       what: which curve of theirs.
-      names: heads of the columns: the value, its range over seeds, the difference to the control.
+      names: heads of the columns: the value, its range over seeds, and, if it is wanted, the difference to the control.
       scale: what values are multiplied by.
       digits: behind the point.
     """
@@ -42,7 +42,7 @@ def comparison(
         last = [scale * value for value in results.last(ones, what)]
         beside = "" if name == control else results.apart(ones, runs[control], what, scale, digits)
         span = f"{min(last):.{digits}f} to {max(last):.{digits}f}"
-        rows.append([name, f"{results.mean(last):.{digits}f}", span, beside])
+        rows.append([name, f"{results.mean(last):.{digits}f}", span, beside][: len(rows[0])])
     return table(rows)
 
 

@@ -18,17 +18,26 @@ from measured import comparison, fill, versions, wrapped
 PAGE = pathlib.Path(__file__).with_name("values.md")
 FILE = pathlib.Path(__file__).with_name("values.json")
 ACCURACY = ("accuracies", ("held-out accuracy, %", "worst and best seed", "points beside {}"), 100.0, 2)
-COLUMNS = dict.fromkeys(("spikes", "relora", "plasticity", "averages"), ACCURACY)
-"""Name of a measurement -> which curve, heads of the columns, scale, digits behind the point."""
+COLUMNS = {
+    **dict.fromkeys(("spikes", "relora", "plasticity", "averages"), (ACCURACY,)),
+    "qk": (
+        ("bits", ("held-out bits per byte", "best and worst seed", "bits beside {}"), 1.0, 3),
+        ("logits", ("largest attention logit, last 30 steps", "smallest and largest seed"), 1.0, 1),
+    ),
+}
+"""Name of a measurement -> its tables: which curve, heads of the columns, scale, digits behind the point."""
 
 
 def blocks(found: Mapping[str, Any]) -> dict[str, str]:
     """Name -> Markdown: everything on the page that was measured."""
     made = {}
-    for name, (what, names, scale, digits) in COLUMNS.items():
+    for name, columns in COLUMNS.items():
         runs = found[name]["runs"]
-        heads = [head.format(next(iter(runs))) for head in names]
-        made[name] = f"{_conditions(found[name])}\n\n{comparison(runs, what, heads, scale, digits)}"
+        tables = [
+            comparison(runs, what, [head.format(next(iter(runs))) for head in names], scale, digits)
+            for what, names, scale, digits in columns
+        ]
+        made[name] = "\n\n".join([_conditions(found[name]), *tables])
     return made
 
 

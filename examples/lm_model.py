@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 from jax.sharding import Mesh
 
+from flax_surgery_hooks.surgeries.qk_clip import max_logits
+
 Rules = tuple[tuple[str, Any], ...]
 
 
@@ -94,7 +96,7 @@ class Part(nn.Module):
 
 
 class Attention(Part):
-    """Causal self-attention."""
+    """Causal self-attention; where "intermediates" are asked for, it tells the largest logit of each head."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -107,6 +109,9 @@ class Attention(Part):
         )
         if self.config.positions == "rope":
             query, key = rotated(query), rotated(key)
+        if self.is_mutable_collection("intermediates"):  # makes all logits at once: only where they are asked for
+            causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+            self.sow("intermediates", "max_logits", max_logits(query, key, mask=causal))
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.dense("out", self.config.width, ("heads", "head_features", "embed"), axis=(-2, -1))(mixed)
 
@@ -165,7 +170,7 @@ class Transformer(Part):
             return x
         scan = nn.scan(
             lambda block, x, _: (block(x), None),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=self.config.layers,
             metadata_params={nn.meta.PARTITION_NAME: "layers"},

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "values.md").read_text()
 FOUND = json.loads((ROOT / "docs" / "values.json").read_text())
 BLOCK = re.compile(r"<!-- measured: (\w+) -->.*?<!-- end -->", re.DOTALL)
-EXAMPLES = {name: f"{name}_digits.py" for name in ("spikes", "relora", "plasticity", "averages")}
+EXAMPLES = {name: f"{name}_digits.py" for name in ("spikes", "relora", "plasticity", "averages")} | {"qk": "qk_lm.py"}
 """Name of a measurement -> the example that makes it."""
 
 
@@ -91,6 +91,19 @@ def test_averages_are_steadier_than_the_last_weights():
     last, *averages = FOUND["averages"]["runs"]
     assert 2 * max(map(jumps, averages)) < jumps(last)
     assert all(scores("averages", kind).mean() > scores("averages", last).mean() for kind in averages)
+
+
+def test_bounded_logits_let_the_language_model_learn_where_it_hardly_does_without():
+    def logits(method: str) -> np.ndarray:
+        return np.array([run["logits"] for run in FOUND["qk"]["runs"][method]])
+
+    without, loose, tight = (scores("qk", name, "bits") for name in ("no bound", "QKClip(100)", "QKClip(20)"))
+    assert (without - loose).min() > 0.2
+    assert (without - tight).min() > 0.5
+    assert logits("no bound")[:, -1].min() > 5_000
+    # Those of a step are from before its update, which the fire of the step before did not know.
+    assert logits("QKClip(100)").max() < 2 * 100
+    assert logits("QKClip(20)").max() < 5 * 20
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
