@@ -115,7 +115,11 @@ class Abstractly:
         arrays = {key: value for key, value in arguments.items() if key not in static}
         return jax.eval_shape(lambda arrays: call(name, method, {**arrays, **static}), arrays)
 
-    of_leaves = of_state
+    @staticmethod
+    def of_leaves(name: str, method: Method, arguments: dict[str, Any]) -> Any:
+        """A run for `from_leaves`, which are under Auto axes where they have values."""
+        bare = {key: _unplaced(value) if _is_arrays(value) else value for key, value in arguments.items()}
+        return Abstractly.of_state(name, method, bare)
 
 
 def call(name: str, method: Method, arguments: dict[str, Any]) -> Any:
@@ -181,6 +185,10 @@ def _called(name: str, method: Method, static: dict[str, Any], lie: Places, arra
 def _place(near: Sequence[Any], made: Any) -> Any:
     """Where an array goes that is made of leaves: beside the first of its shape."""
     return next((out_sharding(leaf, made.shape) for leaf in near if jnp.shape(leaf) == made.shape and made.shape), None)
+
+
+def _unplaced(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
 
 
 def _wide(leaf: Any) -> Any:

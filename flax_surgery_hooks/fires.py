@@ -21,6 +21,7 @@ from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.operate import needs_key, record_of, run, run_abstractly
 from flax_surgery_hooks.operation import Operation, Unit, fire_for
 from flax_surgery_hooks.paths import listed
+from flax_surgery_hooks.placement import relabelled
 from flax_surgery_hooks.planning import arrays_of, fire_memory, inputs_of_leaves, plan_units
 from flax_surgery_hooks.processes import is_first
 from flax_surgery_hooks.programs import Arrays, Programs
@@ -83,7 +84,7 @@ def prepare(
     operation, parts = programs.operation, take_apart(state)
     reshape.check(state)
     at, remembered = jnp.int32(step), memory.held(state, name, operation)
-    inputs = inputs_of_leaves(operation, parts, remembered, key, at, inputs, programs.derive.of_leaves)
+    inputs = relabelled(inputs_of_leaves(operation, parts, remembered, key, at, inputs, programs.derive.of_leaves))
     plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
     reshape.check_paths(state, plan)
     for unit, one in zip(plan, arrays, strict=True):
@@ -110,7 +111,7 @@ def fire(
         return optimizer_edits.fire(programs.operation, state, key, step, inputs, commit=commit)
     operation, parts = programs.operation, take_apart(state)
     at, remembered = jnp.int32(step), memory.held(state, name, operation)
-    inputs = inputs_of_leaves(operation, parts, remembered, key, at, inputs, programs.derive.of_leaves)
+    inputs = relabelled(inputs_of_leaves(operation, parts, remembered, key, at, inputs, programs.derive.of_leaves))
     plan, arrays = _planned(operation, parts, remembered, key, inputs, reshape)
     fires = [fire_for(unit, key, at, inputs) for unit in plan]
     held = state.params

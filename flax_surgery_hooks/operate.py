@@ -24,7 +24,7 @@ from flax_surgery_hooks.memory import first_memory
 from flax_surgery_hooks.mirrors import Mirrors, checked, original, view
 from flax_surgery_hooks.operation import Fire, Operation, Unit, fire_for, follows
 from flax_surgery_hooks.perform import examine, perform
-from flax_surgery_hooks.placement import off_mesh
+from flax_surgery_hooks.placement import off_mesh, relabelled
 from flax_surgery_hooks.planning import arrays_of, fire_memory, inputs_of_leaves, inputs_of_state, plan_units
 from flax_surgery_hooks.programs import Arrays, Measured, Programs, choose
 from flax_surgery_hooks.relaid import restarted
@@ -120,6 +120,7 @@ def _operate(
     arrays = [arrays_of(unit, parts, fire_memory(operation, unit, remembered)) for unit in plan]
     given = (arrays, key, step, inputs)
     if checks.concrete(given):
+        inputs = relabelled(inputs)
         fires = [fire_for(unit, key, jnp.asarray(step, jnp.int32), inputs) for unit in plan]
         outcome = run(_programs(operation), plan, arrays, fires, may_reshape=True)
         if outcome.ok is not None and not bool(outcome.finite):

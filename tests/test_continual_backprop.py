@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny import assert_bitwise_equal
 from unit_cases import CASES, flat, state_of, touched
 
@@ -249,6 +251,29 @@ def test_the_host_and_the_graph_do_the_same():
         for of in (lambda s: s.params, lambda s: s.opt_state, lambda s: s.surgery["memory"]):
             assert_bitwise_equal(of(one), of(other))
     assert (np.asarray(host[-1].surgery["memory"]["cbp"]["h"]["age"]) < 12).any()
+
+
+@pytest.mark.parametrize("way", ["host", "graph"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_the_same_units_are_replaced(kind, way):
+    """Units lie on eight devices, one on each."""
+    mesh = jax.make_mesh((8,), ("units",), axis_types=(kind,))
+    specs = {"a/kernel": P(None, "units"), "a/bias": P("units"), "b/kernel": P("units", None), "b/bias": P()}
+    surgery = ContinualBackprop(GROUP, init, rate=0.1, maturity=2, decay=0.9)
+    alone = start(optax.sgd(0.1, momentum=0.9))
+
+    def place(keys, leaf):
+        path = "/".join(key.key for key in keys[-2:] if hasattr(key, "key"))
+        return jax.device_put(leaf, NamedSharding(mesh, specs.get(path, P())))
+
+    spread = jax.tree_util.tree_map_with_path(place, alone)
+    one, _ = run(surgery, 12, alone, way=way, quick=False)
+    other, _ = run(surgery, 12, spread, way=way, quick=False)
+    np.testing.assert_array_equal(*(states[-1].surgery["memory"]["cbp"]["h"]["age"] for states in (one, other)))
+    assert (np.asarray(one[-1].surgery["memory"]["cbp"]["h"]["age"]) < 12).any()
+    for a, b, was in zip(*map(jax.tree.leaves, (one[-1].params, other[-1].params, spread.params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert b.sharding.is_equivalent_to(was.sharding, b.ndim)
 
 
 WRONG = {

@@ -176,6 +176,61 @@ def test_a_rewound_network_stays_pruned():
     assert np.array_equal(seen[6][0]["kernel"] != 0, mask)
 
 
+# All together: cut off, and on eight devices.
+
+
+def several() -> fsh.SurgeryHooks:
+    hooks = fsh.SurgeryHooks(seed=1)
+    hooks.add("average", Ema(0.8), params="kernel", when=NEVER)
+    hooks.add("swap", Swap("average"), params="kernel", when=fsh.at(3, 5))
+    hooks.add("slow", Lookahead(0.5), params="*", when=fsh.every(2))
+    hooks.add("rewind", Rewind(2), params="kernel", when=fsh.at(6))
+    return hooks
+
+
+def test_a_run_that_is_cut_off_while_weights_are_swapped_goes_on_bit_for_bit(tmp_path):
+    expected, _ = trained(several())
+    hooks = several()
+    step = jax.jit(lambda state: hooks.observe(update(state)), donate_argnums=0)
+    state = hooks.init(make_state())
+    with open_manager(tmp_path) as manager:
+        for at in range(1, 5):
+            state = hooks(at, step(state))
+        assert bool(state.surgery["memory"]["swap"]["swapped"])
+        fsh.checkpoint.save(manager, 4, state, hooks)
+    hooks = several()
+    with open_manager(tmp_path) as manager:
+        state = fsh.checkpoint.restore(manager, hooks.init(make_state()), hooks)
+    for at in range(5, STEPS + 1):
+        state = hooks(at, step(state))
+    for of in (lambda state: (state.params, state.opt_state), lambda state: state.surgery["memory"]):
+        assert_bitwise_equal(of(state), of(expected))
+
+
+@pytest.mark.parametrize("form", ["host", "graph"])
+@pytest.mark.parametrize("placed", ["auto", "explicit"])
+def test_on_eight_devices_they_do_what_they_do_on_one(placed, form):
+    mesh = mesh_of(placed)
+    spread, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data", "tensor"), ()))
+
+    def run(place: Any) -> Any:
+        hooks = several()
+        kernel = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)
+        params = {"kernel": kernel, "bias": jnp.ones(4)}
+        state = fsh.TrainState.create(apply_fn=None, params=params, tx=TX).replace(step=jnp.int32(0))
+        state = hooks.init(jax.tree.map(place, state))
+        inside = hooks.in_graph if form == "graph" else hooks.observe
+        step = jax.jit(lambda state: inside(update(state)), donate_argnums=0)
+        for at in range(1, STEPS + 1):
+            state = hooks(at, step(state))
+        return state.params, state.opt_state, state.surgery["memory"]
+
+    found, alone = run(lambda leaf: jax.device_put(leaf, spread if leaf.ndim == 2 else whole)), run(jnp.asarray)
+    assert_close(found, alone)
+    for leaf in jax.tree.leaves(found):
+        assert leaf.ndim != 2 or leaf.sharding.is_equivalent_to(spread, 2)
+
+
 # Graft
 
 OTHER = {"body": {"kernel": np.full((3, 4), 2.0, np.float32), "bias": np.full(4, 3.0, np.float32)}}
