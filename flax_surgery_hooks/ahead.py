@@ -32,7 +32,7 @@ def check_ahead(
     Raises:
       SurgeryError: what would be raised at the step in question.
     """
-    first_due = [(hook.next_possible(last), order, hook) for order, hook in enumerate(hooks) if _may_change(hook)]
+    first_due = [(hook.next_possible(last), order, hook) for order, hook in enumerate(hooks) if may_change(hook)]
     if not first_due:
         return
     names = ("params", "opt_state", "surgery", *(name for name, _ in mirrors.fields))
@@ -49,7 +49,19 @@ def check_ahead(
                 foresee(other, ahead, inputs, seed, mirrors)
 
 
-def _may_change(hook: Hook) -> bool:
+def behind_reshapes(hooks: Sequence[Hook], last: int) -> frozenset[str]:
+    """The hooks that are first due behind a fire of another one that may change shapes, and so meet other ones.
+
+    Args:
+      hooks: in the order in which they fire at one step.
+      last: the step before the first call.
+    """
+    due = [(step, order) for order, hook in enumerate(hooks) if (step := hook.next_possible(last)) is not None]
+    changes = [one for one in due if may_change(hooks[one[1]])]
+    return frozenset(hooks[order].name for step, order in due if changes and (step, order) > min(changes))
+
+
+def may_change(hook: Hook) -> bool:
     """Whether a fire may leave other shapes, or another optimizer."""
     return hook.reshape.declared or hook.operation.edit.edit_optimizer is not None
 

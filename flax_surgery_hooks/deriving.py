@@ -69,6 +69,18 @@ def from_leaves(
     return _asked(operation, _made(operation, ready, run, of_state=False))
 
 
+def again_from_leaves(
+    operation: Operation, leaves: Mapping[str, Any], memory: Any, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The inputs, with what functions of the leaves alone make of other leaves; what needs more is left as given."""
+    inputs = dict(given)
+    for name, method in operation.edit.derived:
+        ready = {**given, **dict(operation.static), LEAVES: dict(leaves), "memory": memory}
+        if name in given and not method.takes(STATE) and all(want in ready for want in method.wants):
+            inputs[name] = call(name, method, method.fill(ready))
+    return {name: inputs[name] for name in given}
+
+
 def _made(operation: Operation, ready: Mapping[str, Any], run: Run, *, of_state: bool) -> dict[str, Any]:
     inputs = {name: value for name, value in ready.items() if name not in (STATE, LEAVES, "memory", "key", "step")}
     for name, method in operation.edit.derived:

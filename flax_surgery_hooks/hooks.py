@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from flax_surgery_hooks import failing, fires
 from flax_surgery_hooks.abstract_state import structure_json
 from flax_surgery_hooks.agreement import LIMIT_SECS, Agreement
-from flax_surgery_hooks.ahead import check_ahead
+from flax_surgery_hooks.ahead import behind_reshapes, check_ahead
 from flax_surgery_hooks.collecting import Collector
 from flax_surgery_hooks.donation import DONATE
-from flax_surgery_hooks.errors import HookError, StateError, StepError, located, quoted
+from flax_surgery_hooks.errors import HookError, StateError, StepError, SurgeryError, located, quoted
 from flax_surgery_hooks.keeping import Keeper, keep
 from flax_surgery_hooks.ledger import Ledger, Record
 from flax_surgery_hooks.making import bind_inputs
@@ -333,9 +333,15 @@ class SurgeryHooks(Resumable):
         unchecked = sorted(self._unchecked, key=list(self._hooks).index)
         if not unchecked:
             return
+        later = behind_reshapes(self._ordered(), self._last)
         for name in unchecked:
             self._keeper.check(self._hooks[name], inputs)
-            self._check(self._hooks[name], state, inputs)
+            try:
+                self._check(self._hooks[name], state, inputs)
+            except SurgeryError:
+                if name not in later:
+                    raise
+                self._unchecked.discard(name)  # what it will meet is looked at below
         try:
             with off_mesh(state):
                 check_ahead(self._ordered(), self._last, state, inputs, self.seed, self.mirrors)

@@ -164,6 +164,9 @@ class Run:
         self._lie = [_places(unit, self._parts, lying) for unit in self._plan]
         arrays = self._arrays(self._parts, remembered)
         given = [fire_for(unit, key, self.step, foreseen_inputs, one.memory) for unit, one in self._pairs(arrays)]
+        if self._operation.edit.fold_back is not None:  # is judged by values; that shapes stay is not
+            for (unit, one), fire in zip(self._pairs(arrays), given, strict=True):
+                foreseen(self._operation, unit, False, shapes_only(one), shapes_only(fire), may_reshape=False)
         self._in_place = [
             examine_abstractly(self._operation, unit, one, fire)
             for (unit, one), fire in zip(self._pairs(arrays), given, strict=True)

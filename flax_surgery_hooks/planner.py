@@ -6,6 +6,7 @@ replayed, however many there are of the others.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import math
@@ -18,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_surgery_hooks import deriving, memory, optimizer_edits
+from flax_surgery_hooks.ahead import behind_reshapes, may_change
 from flax_surgery_hooks.committing import commit
-from flax_surgery_hooks.errors import located
+from flax_surgery_hooks.errors import SurgeryError, located
 from flax_surgery_hooks.making import bind_inputs
 from flax_surgery_hooks.mirrors import Mirrors, original, viewed
 from flax_surgery_hooks.operate import needs_key
@@ -111,12 +113,19 @@ class Planner:
           SurgeryError: what a hook would raise, with its name and the step at which it is first due.
         """
         first = self._abstract(state)
+        later = behind_reshapes(self.hooks, after)
         for hook in self.hooks:  # as the first call does, also those that are due much later
-            self._foreseen(hook, first, hook.next_possible(after))
+            with contextlib.suppress(*[SurgeryError] if hook.name in later else []):
+                self._foreseen(hook, first, hook.next_possible(after))
         epochs = list(self._epochs(first, after, upto))
         rows = [row for epoch in epochs for row in self._rows(epoch)]
         busy = {row.hook for row in rows}
-        idle = [self._idle(hook, first, (after + 1, upto)) for hook in self.hooks if hook.name not in busy]
+        last = epochs[-1].structure
+        idle = [
+            self._idle(hook, last if hook.name in later else first, (after + 1, upto))
+            for hook in self.hooks
+            if hook.name not in busy
+        ]
         params, opt_state = zip(_counts(first.state), _counts(epochs[-1].structure.state), strict=True)
         return Plan(start, upto, tuple(hook.name for hook in self.hooks), (*rows, *idle), params, opt_state)
 
@@ -254,11 +263,6 @@ class Planner:
         if ahead.tx is state.tx:
             return Foreseen(structure, leaves)
         return Foreseen(self._structure(ahead), leaves, (_named(state.opt_state), _named(ahead.opt_state)))
-
-
-def may_change(hook: Hook) -> bool:
-    """Whether a fire may leave other shapes, or another optimizer."""
-    return hook.reshape.declared or hook.operation.edit.edit_optimizer is not None
 
 
 @functools.lru_cache(maxsize=1)

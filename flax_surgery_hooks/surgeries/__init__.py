@@ -30,6 +30,9 @@ from flax_surgery_hooks.surgeries.sparse_training import RigL as RigL
 from flax_surgery_hooks.surgeries.values import Assign as Assign
 from flax_surgery_hooks.surgeries.values import Noise as Noise
 from flax_surgery_hooks.surgeries.values import Reinit as Reinit
+from flax_surgery_hooks.surgeries.width import MergeUnits as MergeUnits
+from flax_surgery_hooks.surgeries.width import Shrink as Shrink
+from flax_surgery_hooks.surgeries.width import Widen as Widen
 
 __all__ = [
     "SET",
@@ -44,6 +47,7 @@ __all__ = [
     "Lawa",
     "Lookahead",
     "MergeLora",
+    "MergeUnits",
     "Noise",
     "Normalize",
     "Prune",
@@ -57,9 +61,11 @@ __all__ = [
     "RigL",
     "Scale",
     "SetHyperparams",
+    "Shrink",
     "ShrinkAndPerturb",
     "Swa",
     "Swap",
     "SwitchOptimizer",
     "Thaw",
+    "Widen",
 ]

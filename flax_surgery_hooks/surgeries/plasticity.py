@@ -324,7 +324,7 @@ def _read(group: Units, leaves: Arrays) -> jax.Array:
     shape = group.extent(leaves)
     if not group.outgoing:
         return jnp.ones(shape, jnp.float32)
-    each = [group.gathered(path, jnp.abs(leaves[path]), shape[-1]) for path in group.outgoing]
+    each = [group.gathered(path, jnp.abs(leaves[path]), shape[-1], group.outgoing) for path in group.outgoing]
     return sum(each, jnp.zeros(())).astype(jnp.float32)
 
 

@@ -230,6 +230,7 @@ def _uniform(key: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.uniform(jax.random.fold_in(key, zlib.crc32(b"kernel")), SMALL))
 
 
+_TWICE = np.tile(np.arange(12).reshape(SMALL), (2, 1))
 _GRADIENT = np.sin(np.arange(1.0, 13.0)).reshape(SMALL)
 _OUT = np.cos(np.arange(1.0, 9.0)).reshape(4, 2)
 _TABLE = (
@@ -310,6 +311,24 @@ _TABLE = (
         "reinitialise",
     ),
     SurgeryRow("Factorize", surgeries.Factorize(2), _truncating(2)),
+    SurgeryRow(
+        "Widen_incoming",
+        surgeries.Widen(units.Units("rows", {"kernel": 0}, {}), to=6),
+        lambda kernel: {"source": _TWICE, "share": 0.5, "wrong_share": 1.0},
+        "duplicate_in",
+    ),
+    SurgeryRow(
+        "Widen_outgoing",
+        surgeries.Widen(units.Units("rows", {}, {"kernel": 0}), to=6),
+        lambda kernel: {"source": _TWICE, "factor": 0.5, "wrong_share": 0.5},
+        "duplicate_out",
+    ),
+    SurgeryRow(
+        "Widen_unequal",
+        surgeries.Widen(units.Units("rows", {"kernel": 0}, {}), to=6, split=0.7),
+        lambda kernel: {"source": _TWICE, "share": np.repeat([[0.7], [0.3]], 3, axis=0), "wrong_share": 0.5},
+        "duplicate_unequal",
+    ),
     SurgeryRow("Prune", surgeries.Prune(0.5), _dropping(lambda kernel: _largest(np.abs(kernel), 6)), idempotent=True),
     SurgeryRow(
         "SET",

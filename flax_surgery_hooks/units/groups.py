@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,7 @@ class Units:
         Args:
           path: of the leaf.
           shape: of the leaf.
-          chosen: [units], or [layers, units] if stacked.
+          chosen: [units], or, if they are stacked and layers differ, [layers, units].
           places: `incoming` or `outgoing`.
         """
         axis, order = _pair(places[path])
@@ -138,19 +139,62 @@ class Units:
         along = jnp.tile(chosen, across) if order == "tile" else jnp.repeat(chosen, times, axis=-1)
         dims = [1] * len(shape)
         dims[axis] = shape[axis]
-        if self.stacked:
+        if chosen.ndim > 1:
             dims[0] = shape[0]
         return along.reshape(dims)
 
-    def gathered(self, path: str, leaf: jax.Array, count: int) -> jax.Array:
-        """The sum of what reads each unit in an outgoing leaf: [units], or [layers, units] if stacked.
+    def taken(self, path: str, leaf: jax.Array, units: jax.Array, count: int, places: Mapping[str, Place]) -> jax.Array:
+        """A leaf of other units, each a copy of one that there is.
+
+        Args:
+          path: of the leaf.
+          leaf: its elements, or numbers of its shape.
+          units: which unit each new one copies, int [new units], or [layers, new units] if layers differ.
+          count: how many units a layer has.
+          places: `incoming` or `outgoing`.
+        """
+        axis, index = self._index(path, jnp.shape(leaf), units, count, places)
+        if units.ndim == 1:
+            return jnp.take(leaf, index, axis=axis)
+        dims = [1] * leaf.ndim
+        dims[0], dims[axis] = index.shape
+        return jnp.take_along_axis(leaf, index.reshape(dims), axis=axis)
+
+    def summed(
+        self, path: str, leaf: jax.Array, units: jax.Array, count: int, places: Mapping[str, Place]
+    ) -> jax.Array:
+        """The transpose of `taken`, from a leaf of the new units: what lies at all copies of a unit, summed."""
+        shape = list(jnp.shape(leaf))
+        axis, _ = _pair(places[path])
+        shape[axis] = shape[axis] // units.shape[-1] * count
+        take = functools.partial(self.taken, path, units=units, count=count, places=places)
+        (old,) = jax.linear_transpose(take, jax.ShapeDtypeStruct(tuple(shape), leaf.dtype))(leaf)
+        return old
+
+    def _index(
+        self, path: str, shape: tuple[int, ...], units: jax.Array, count: int, places: Mapping[str, Place]
+    ) -> tuple[int, jax.Array]:
+        """The axis along which units lie in a leaf, and which element along it each new one takes."""
+        axis, order = _pair(places[path])
+        axis %= len(shape)
+        times = shape[axis] // count
+        within = jnp.arange(times).reshape(*[1] * (units.ndim - 1), -1, 1)
+        if order == "tile":
+            index = within * count + units[..., None, :]
+        else:
+            index = units[..., :, None] * times + jnp.swapaxes(within, -1, -2)
+        return axis, index.reshape(*units.shape[:-1], -1)
+
+    def gathered(self, path: str, leaf: jax.Array, count: int, places: Mapping[str, Place]) -> jax.Array:
+        """The sum of all that a leaf has of each unit: [units], or [layers, units] if stacked.
 
         Args:
           path: of the leaf.
           leaf: its elements, or numbers of its shape.
           count: how many units a layer has.
+          places: `incoming` or `outgoing`.
         """
-        axis, order = _pair(self.outgoing[path])
+        axis, order = _pair(places[path])
         others = [other for other in range(int(self.stacked), leaf.ndim) if other != axis % leaf.ndim]
         along = jnp.sum(leaf, axis=tuple(others))
         split = (-1, count) if order == "tile" else (count, -1)
