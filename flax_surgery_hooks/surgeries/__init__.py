@@ -25,6 +25,8 @@ from flax_surgery_hooks.surgeries.plasticity import RecycleDormant as RecycleDor
 from flax_surgery_hooks.surgeries.plasticity import ShrinkAndPerturb as ShrinkAndPerturb
 from flax_surgery_hooks.surgeries.pruning import Prune as Prune
 from flax_surgery_hooks.surgeries.qk_clip import QKClip as QKClip
+from flax_surgery_hooks.surgeries.resize import GrowVocab as GrowVocab
+from flax_surgery_hooks.surgeries.resize import ReplaceHead as ReplaceHead
 from flax_surgery_hooks.surgeries.sparse_training import SET as SET
 from flax_surgery_hooks.surgeries.sparse_training import RigL as RigL
 from flax_surgery_hooks.surgeries.values import Assign as Assign
@@ -44,6 +46,7 @@ __all__ = [
     "Factorize",
     "Freeze",
     "Graft",
+    "GrowVocab",
     "Lawa",
     "Lookahead",
     "MergeLora",
@@ -55,6 +58,7 @@ __all__ = [
     "ReLoRA",
     "RecycleDormant",
     "Reinit",
+    "ReplaceHead",
     "ResetMoments",
     "Rewarm",
     "Rewind",

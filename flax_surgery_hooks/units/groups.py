@@ -64,6 +64,11 @@ class Units:
     def __hash__(self) -> int:
         return hash((self.activation, *self.incoming.items(), *self.outgoing.items(), self.stacked))
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of all leaves that they are wired to, for the `params=` of a hook."""
+        return tuple(dict.fromkeys((*self.incoming, *self.outgoing)))
+
     def extent(self, leaves: Mapping[str, Any]) -> tuple[int, ...]:
         """How many units there are: (units,), or (layers, units) if stacked.
 
