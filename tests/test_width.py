@@ -426,6 +426,25 @@ def test_a_run_that_grows_and_shrinks_goes_on_bit_for_bit_from_every_step(tmp_pa
         assert_bitwise_equal(restored.surgery["memory"], state.surgery["memory"])
 
 
+def test_what_a_hook_meets_behind_a_growth_is_looked_at_in_the_first_call():
+    case = CASES["mlp"]
+
+    def hooks(to: int, growth: int = 3) -> fsh.SurgeryHooks:
+        made, wide = fsh.SurgeryHooks(), case.wider()
+        made.add("widen", Widen(case.units, sought(case)), params="**", when=fsh.at(growth), apply_fn=wide.apply)
+        made.add("shrink", Shrink(case.units[:1], to), params="**", when=fsh.at(6), apply_fn=wide.apply)
+        return made
+
+    state = make_state(case, case.variables(dtype=np.float32))
+    hooks(to=8)(0, state)  # of 10, not of the 6 that there are
+    for to, growth, found in ((10, 3, "to=10 of 10 units"), (8, 7, "to=8 of 6 units")):
+        with pytest.raises(UnitsError, match=f"no less than there is of 'a'. Found: {found}") as caught:
+            hooks(to, growth)(0, state)
+        assert caught.value.hook == "shrink"
+        with pytest.raises(UnitsError, match=found):
+            hooks(to, growth).plan(state, 8)
+
+
 def test_growth_in_graph_is_an_error_that_says_where_it_belongs():
     case = CASES["mlp"]
     hooks = fsh.SurgeryHooks()
