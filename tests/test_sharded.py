@@ -166,6 +166,7 @@ def test_a_step_with_fixed_shardings_takes_the_edited_state_without_compiling(pl
     assert len([record for record in hooks.ledger.records if record.event == "fired"]) == 3
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="XLA cannot yet read leaves of a mesh in host memory")
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_memory_kinds_stay(kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))

@@ -282,7 +282,8 @@ def _restored(directory: str | os.PathLike[str]) -> Any:
     place = name if "://" in name else os.path.abspath(name)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(place).item_metadata.tree
+            metadata = checkpointer.metadata(place)
+            saved = getattr(metadata, "item_metadata", metadata).tree  # in older releases it is that of the item itself
             as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
             return checkpointer.restore(place, restore_args=as_arrays)
     except Exception as error:
