@@ -5,7 +5,7 @@ The field holds `{"memory": {hook: {path: memory}}}`; of a surgery that takes al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,9 +85,10 @@ def first_memory(operation: Operation, parts: Parts, key: Any) -> Any:
 
 def _all_made(operation: Operation, parts: Parts, key: Any, held: Any, anew: bool) -> Any:
     made = {}
+    programs: dict[Hashable, Any] = {}
     for unit in units(operation, parts.params, {}):
         leaves = dict(zip(unit.paths, leaves_of(unit, parts), strict=True))
-        made[unit.paths[0]] = _made(operation, leaves, key, _kept(operation, unit, held, anew), anew)
+        made[unit.paths[0]] = _made(operation, leaves, key, _kept(operation, unit, held, anew), anew, programs)
     return next(iter(made.values())) if operation.edit.many else made
 
 
@@ -102,8 +103,10 @@ def _kept(operation: Operation, unit: Unit, memory: Any, anew: bool) -> Any:
     return memory.get(unit.paths[0])
 
 
-def _made(operation: Operation, leaves: dict[str, Any], key: Any, kept: Any, anew: bool) -> Any:
-    """The memory of a unit: as kept if that fits, else as `init_memory` makes it."""
+def _made(
+    operation: Operation, leaves: dict[str, Any], key: Any, kept: Any, anew: bool, programs: dict[Hashable, Any]
+) -> Any:
+    """The memory of a unit: as kept if that fits, else as `init_memory` makes it; `programs` serve leaves alike."""
 
     def init(leaves: dict[str, Any], key: Any) -> Any:
         return calling.init_memory(operation.edit, leaves, key)
@@ -126,8 +129,14 @@ def _made(operation: Operation, leaves: dict[str, Any], key: Any, kept: Any, ane
         auto_axes(beside(arrays)) if old is None else out_sharding(old, shape.shape)
         for old, shape in zip(near, jax.tree.leaves(shapes), strict=True)
     ]
-    placed = jax.tree.unflatten(jax.tree.structure(shapes), places)
-    made = jax.jit(init, out_shardings=placed)(relabelled(wide), key)
+    treedef: Any = jax.tree.structure(shapes)
+    method = operation.edit.init_memory
+    if not operation.edit.many and method is not None and not method.takes("path"):
+        wide = {"": next(iter(wide.values()))}
+    program = (tuple(wide), treedef, tuple(places))
+    if program not in programs:
+        programs[program] = jax.jit(init, out_shardings=jax.tree.unflatten(treedef, places))
+    made = programs[program](relabelled(wide), key)
     values = [
         like_neighbours(arrays, leaf) if old is None else as_before(old, leaf)
         for old, leaf in zip(near, jax.tree.leaves(made), strict=True)

@@ -106,10 +106,8 @@ def parts_of(memory: Mapping[str, Any], sources: Sequence[Remembered], params: A
 
 
 def renewed(parts: tuple[Part, ...], memory: Mapping[str, Any], params: Any) -> tuple[Part, ...]:
-    """The same parts of a state whose parameters may have other paths."""
-    paths = flatten(params).paths if parts else ()
-    if all(part.paths == paths for part in parts):
-        return parts
+    """The same parts of a state whose parameters have other paths."""
+    paths = flatten(params).paths
     held = [frozenset(_by_path(memory[part.source.hook], part.source, part.key)) & set(paths) for part in parts]
     return tuple(part._replace(paths=paths, held=of_part) for part, of_part in zip(parts, held, strict=True))
 

@@ -201,8 +201,10 @@ class View:
         if tx is not None:
             changes["tx"] = getattr(tx.init, "extends", tx)
         state = self._state.replace(**changes)
-        # Of other paths other parts are held.
-        parts = memory_mirrors.renewed(self.parts, memories_of(state), state.params)
+        structure: Any = jax.tree.structure(state.params)
+        parts = self.parts
+        if parts and structure != jax.tree.structure(self._state.params):
+            parts = memory_mirrors.renewed(parts, memories_of(state), state.params)
         return View(state, self.mirrors, parts, self.fields)
 
     def _taken_apart(self, both: Any, surgery: Any) -> dict[str, Any]:
