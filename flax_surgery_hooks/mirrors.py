@@ -88,8 +88,10 @@ def view(state: Any, mirrors: Mirrors, fields: tuple[str, ...] = ()) -> Any:
     """
     held = tuple((name, kind) for name, kind in mirrors.fields if _held(state, name) is not None)
     _check_fields(state, fields)
-    names = [name for name, _ in held]
-    parts = memory_mirrors.parts_of(memories_of(state), mirrors.remembered, state.params, names)
+    parts: tuple[Part, ...] = ()
+    if mirrors.remembered:
+        names = [name for name, _ in held]
+        parts = memory_mirrors.parts_of(memories_of(state), mirrors.remembered, state.params, names)
     return View(state, held, parts, fields) if held or parts or fields else state
 
 

@@ -284,7 +284,7 @@ def examine_abstractly(operation: Operation, unit: Unit, arrays: Arrays, fire: F
         key = None if fire.key is None else jax.random.key(0)
         inputs = jax.tree.map(functools.partial(_stand_in, 1_000), fire.inputs)
         memory = jax.tree.map(functools.partial(_stand_in, 2_000), fire.memory)
-        if operation.edit.many:  # what is made of leaves has to fit them
+        if operation.edit.fold_back is not None:  # it is judged by what is made of the leaves, which has to fit them
             given = {**inputs, "key": key, "step": jnp.int32(1)}
             leaves = dict(zip(unit.paths, params, strict=True))
             again = deriving.again_from_leaves(operation, leaves, memory, given)

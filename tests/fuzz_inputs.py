@@ -52,7 +52,7 @@ def _odd_objects() -> list[Any]:
         fractions.Fraction(LONG, 3), Decimal("NaN"), Decimal("1e999999"), range(3), ..., NotImplemented, {1},
         frozenset(),
         np.float32(0.5), np.int64(3), np.bool_(True), np.str_("scale"), np.float64(NAN), np.zeros(0), np.ones((2, 3)),
-        np.array(3), np.array("a"), np.array(None), jnp.ones(2), jnp.int32(3), iter(()), np.datetime64("NaT"),
+        np.array(3), np.array("a"), np.array(None), jnp.ones(2), jnp.int32(3), iter(()), np.datetime64("NaT", "s"),
         Exception("no"), type("Odd", (), {})(),
     ]  # fmt: skip
 
