@@ -191,7 +191,13 @@ def _put_many(held: Any, part: Part, arrays: Mapping[str, Any]) -> Any:
 def _put_each(held: Any, part: Part, arrays: Mapping[str, Any]) -> Any:
     others = {path: of_leaf for path, of_leaf in held.items() if path not in part.held or path in arrays}
     pattern = next(iter(held.values()), None)
-    return others | {path: _with(others.get(path, pattern), part, array) for path, array in arrays.items()}
+    # Two leaves with one buffer for what is beside them could not be donated.
+    new = {path: jax.tree.map(_own, pattern) for path in arrays if path not in others}
+    return others | {path: _with((others | new)[path], part, array) for path, array in arrays.items()}
+
+
+def _own(leaf: Any) -> Any:
+    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
 
 
 def _with(of_leaf: Any, part: Part, array: Any) -> Any:

@@ -319,7 +319,7 @@ def test_averages_follow_leaves_to_other_shapes_and_paths(tmp_path):
         hooks = make_hooks({**AVERAGES, "rewind": Rewind(1)}, params=params, ledger=ledger)
         return structural(hooks)
 
-    observed = jax.jit(lambda state, hooks: hooks.observe(state), static_argnums=1)
+    observed = jax.jit(lambda state, hooks: hooks.observe(state), static_argnums=1, donate_argnums=0)
 
     def step(hooks, state):
         grads = jax.tree.map(lambda leaf: jnp.sin(3 * leaf) + 0.1, state.params)
@@ -336,7 +336,7 @@ def test_averages_follow_leaves_to_other_shapes_and_paths(tmp_path):
             seen.append(np.concatenate(jax.tree.leaves(state.params), axis=1))
             state = hooks(at, state)
             fsh.checkpoint.save(manager, at, state, hooks)
-            states[at] = state.replace(surgery=jax.tree.map(jnp.copy, state.surgery["memory"]))
+            states[at] = jax.tree.map(jnp.copy, state).replace(surgery=jax.tree.map(jnp.copy, state.surgery["memory"]))
     doubled = [np.concatenate([one, one]) for one in seen[:4]]
     seen = [np.concatenate([one[:, :3], 2 * one[:, 3:]], axis=1) for one in doubled + seen[4:6]] + seen[6:]
     ema = seen[0]
